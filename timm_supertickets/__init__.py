@@ -1,0 +1,13 @@
+"""SuperTickets for timm: search and prune a supernet in one run, and use the sparse tickets that are left.
+
+Importing this package registers its models with timm.
+"""
+
+from . import models as models
+from .arch import Arch
+from .sparsity.keep import keep_sparse
+from .sparsity.mask import Mask, prunable
+from .ticket import Ticket, load_ticket
+
+__all__ = ['Arch', 'Mask', 'Ticket', 'keep_sparse', 'load_ticket', 'prunable']
+__version__ = '0.1.0'

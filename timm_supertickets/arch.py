@@ -1,0 +1,115 @@
+"""Arch: a frozen value that names one member of a space."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from .channels import ChannelGroup
+
+Kernels = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Arch:
+    """One member of a space: per block, the hidden channels per kernel size.
+
+    Args:
+        space: The family of architectures, e.g. `'mbv2'`.
+        shape: What all members share (widths between the blocks, strides), as `{name: value}`.
+            Stored as nested tuples, so that an `Arch` can be hashed, compared and deep-copied.
+        blocks: Per block in network order `{kernel size: hidden channels}`; `{}` is a dropped block.
+
+    Raises:
+        ValueError: A kernel size that is not odd, or a channel count that is not positive.
+    """
+
+    space: str
+    shape: tuple[tuple[str, Any], ...]
+    blocks: tuple[Kernels, ...]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.space, str):
+            raise ValueError(f'arch: space must be a name such as "mbv2", got {self.space!r}')
+        object.__setattr__(self, 'shape', _frozen_shape(self.shape))
+        object.__setattr__(self, 'blocks', _frozen_blocks(self.blocks))
+
+    def __getitem__(self, name: str) -> Any:
+        """A value of the shape by its name."""
+        for key, value in self.shape:
+            if key == name:
+                return value
+        raise ValueError(f'arch of space {self.space!r} has no {name!r}; it has: {", ".join(k for k, _ in self.shape)}')
+
+    def shrunk(self, groups: Iterable[ChannelGroup], keep: Mapping[str, Tensor]) -> 'Arch':
+        """The member that is left when only the channels marked in `keep` live on.
+
+        Args:
+            groups: The model's channel groups.
+            keep: Per gate, a bool tensor over its channels; groups without an entry stay whole.
+        """
+        blocks = list(self.blocks)
+        for group in groups:
+            if group.gate in keep:
+                blocks[group.block] = group.kept_kernels(keep[group.gate])
+        return Arch(self.space, self.shape, tuple(blocks))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; `from_json` is its inverse."""
+        return {
+            'space': self.space,
+            'shape': {key: _thawed(value) for key, value in self.shape},
+            'blocks': [{str(kernel): channels for kernel, channels in block} for block in self.blocks],
+        }
+
+    @staticmethod
+    def from_json(data: Any) -> 'Arch':
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError: Something is missing, unknown or of the wrong kind.
+        """
+        if isinstance(data, Arch):
+            return data
+        if not isinstance(data, Mapping) or set(data) != {'space', 'shape', 'blocks'}:
+            found = sorted(map(str, data)) if isinstance(data, Mapping) else type(data).__name__
+            raise ValueError(f'arch: expected the keys blocks, shape and space, got {found}')
+        return Arch(data['space'], data['shape'], data['blocks'])
+
+
+def _frozen_shape(shape: Any) -> tuple[tuple[str, Any], ...]:
+    items = shape.items() if isinstance(shape, Mapping) else shape
+    try:
+        return tuple((str(key), _frozen(value)) for key, value in items)
+    except (TypeError, ValueError):
+        raise ValueError(f'arch: shape must map names to numbers or lists of them, got {shape!r}') from None
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(_frozen(v) for v in value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+
+
+def _thawed(value: Any) -> Any:
+    return [_thawed(v) for v in value] if isinstance(value, tuple) else value
+
+
+def _frozen_blocks(blocks: Any) -> tuple[Kernels, ...]:
+    if not isinstance(blocks, Sequence) or isinstance(blocks, str):
+        raise ValueError(f'arch: blocks must be a list of {{kernel size: channels}}, got {blocks!r}')
+    return tuple(_frozen_kernels(index, block) for index, block in enumerate(blocks))
+
+
+def _frozen_kernels(index: int, block: Any) -> Kernels:
+    try:
+        pairs = [(int(k), c) for k, c in (block.items() if isinstance(block, Mapping) else block)]
+    except (TypeError, ValueError):
+        raise ValueError(f'arch: block {index} must be {{kernel size: channels}}, got {block!r}') from None
+    for kernel, channels in pairs:
+        if kernel < 1 or kernel % 2 == 0:
+            raise ValueError(f'arch: block {index} has kernel size {kernel}; kernel sizes are odd, e.g. 3, 5, 7')
+        if not isinstance(channels, int) or isinstance(channels, bool) or channels < 1:
+            raise ValueError(f'arch: block {index} has {channels!r} channels of kernel size {kernel}; need at least 1')
+    if len({kernel for kernel, _ in pairs}) != len(pairs):
+        raise ValueError(f'arch: block {index} names a kernel size twice: {block!r}')
+    return tuple(sorted(pairs))

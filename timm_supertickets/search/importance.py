@@ -1,0 +1,45 @@
+"""Importance: the magnitude of a channel's gate, and the penalty that makes costly channels earn theirs."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..channels import ChannelGroup
+
+
+@torch.no_grad()
+def gate_importance(model: nn.Module, groups: Iterable[ChannelGroup]) -> dict[str, Tensor]:
+    """The absolute value of every gate: gate name -> float tensor over the channels."""
+    params = dict(model.named_parameters())
+    return {group.gate: params[group.gate].abs() for group in groups}
+
+
+def penalty_weights(channel_macs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Per-channel MACs, normalised to a mean of one over all channels: a dear channel pays more.
+
+    Source:
+        Mei et al., AtomNAS, https://arxiv.org/abs/1912.09640.
+    """
+    if not channel_macs:
+        return {}
+    mean = torch.cat(list(channel_macs.values())).mean()
+    return {gate: macs / mean for gate, macs in channel_macs.items()}
+
+
+class GatePenalty:
+    """Weighted sum of the gates' magnitudes, as one fused reduction.
+
+    Args:
+        model: The model that owns the gates; build a new penalty after a shrink.
+        weights: Gate name -> weight per channel.
+    """
+
+    def __init__(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+        params = dict(model.named_parameters())
+        self.gates: list[Tensor] = [params[gate] for gate in weights]
+        self.weights = torch.cat(list(weights.values())).to(self.gates[0]) if self.gates else torch.zeros(())
+
+    def __call__(self) -> Tensor:
+        """The penalty, a scalar with gradients; zero if there are no gates."""
+        return torch.dot(torch.cat(self.gates).abs(), self.weights) if self.gates else self.weights

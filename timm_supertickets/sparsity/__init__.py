@@ -1,0 +1,1 @@
+"""Masks: which weights live, when they die, and when they come back."""

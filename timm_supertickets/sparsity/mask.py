@@ -1,0 +1,108 @@
+"""Mask: which weights live, by parameter name, kept outside the model."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from timm.layers import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
+from torch import Tensor, nn
+
+RESTANDARDISED = (StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame)
+WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+
+
+def prunable(model: nn.Module) -> dict[str, Tensor]:
+    """The weights that a mask may zero: every convolution and linear weight in the body.
+
+    Left out are the stem and the classifier, as the model's `pretrained_cfg` names them, and convolutions that
+    re-standardise their weight in forward, which would fill the zeros again.
+
+    Args:
+        model: A timm model, or any module (then nothing counts as stem or classifier).
+
+    Returns:
+        `{parameter name: parameter}` in the model's order.
+    """
+    cfg = getattr(model, 'pretrained_cfg', None) or {}
+    ends: list[str] = []
+    for key in ('first_conv', 'classifier'):
+        names = cfg.get(key) or ()
+        ends += [names] if isinstance(names, str) else list(names)
+    return {
+        f'{name}.weight': module.weight
+        for name, module in model.named_modules()
+        if isinstance(module, WEIGHTED)
+        and not isinstance(module, RESTANDARDISED)
+        and not any(name == end or name.startswith(f'{end}.') for end in ends)
+    }
+
+
+class Mask(dict[str, Tensor]):
+    """`{parameter name: bool tensor}`, True = alive. Tensors have their parameters' shapes and devices."""
+
+    @classmethod
+    def dense(cls, params: Mapping[str, Tensor]) -> 'Mask':
+        """Everything alive. `params` is what may be masked, e.g. `prunable(model)`."""
+        return cls({name: torch.ones_like(param, dtype=torch.bool) for name, param in params.items()})
+
+    @classmethod
+    def from_zeros(cls, model: nn.Module) -> 'Mask':
+        """The zero pattern of a model's weights, wherever they are: a ticket keeps its mask inside any wrapper.
+
+        Taken are parameters of two or more dimensions that have zeros but are not all zero; the latter is how
+        layers are initialised that start silent.
+        """
+        found = {}
+        for name, param in model.named_parameters():
+            alive = param.detach() != 0
+            if param.ndim > 1 and not alive.all() and alive.any():
+                found[name] = alive
+        return cls(found)
+
+    @property
+    def total(self) -> int:
+        """Number of prunable weights."""
+        return sum(alive.numel() for alive in self.values())
+
+    @property
+    def alive(self) -> int:
+        """Number of living weights."""
+        return sum(int(alive.sum()) for alive in self.values())
+
+    @property
+    def sparsity(self) -> float:
+        """Dead share of the prunable weights."""
+        return 1 - self.alive / self.total if self.total else 0.0
+
+    def check(self, model: nn.Module) -> None:
+        """Check that the mask fits a model.
+
+        Raises:
+            ValueError: A name that is not there, another shape, or a tensor that is not of bools.
+        """
+        params = dict(model.named_parameters())
+        for name, alive in self.items():
+            if name not in params:
+                near = ', '.join(list(prunable(model))[:3])
+                raise ValueError(f'mask names {name!r}, which {type(model).__name__} has not; it has {near}, ...')
+            if alive.dtype != torch.bool:
+                raise ValueError(f'mask of {name!r} must be torch.bool, got {alive.dtype}')
+            if alive.shape != params[name].shape:
+                raise ValueError(
+                    f'mask of {name!r} has shape {tuple(alive.shape)}, the parameter {tuple(params[name].shape)}'
+                )
+
+    @torch.no_grad()
+    def zero_weights_(self, model: nn.Module) -> None:
+        """Zero the dead weights, in place. In a loop: after the optimizer's step."""
+        _zero_(self, ((name, param.data) for name, param in model.named_parameters()))
+
+    @torch.no_grad()
+    def zero_grads_(self, model: nn.Module) -> None:
+        """Zero the gradients of dead weights, in place. In a loop: before gradients are clipped."""
+        _zero_(self, ((name, param.grad) for name, param in model.named_parameters() if param.grad is not None))
+
+
+def _zero_(mask: Mask, tensors: Iterable[tuple[str, Tensor | None]]) -> None:
+    pairs = [(tensor, mask[name]) for name, tensor in tensors if name in mask and tensor is not None]
+    if pairs:
+        torch._foreach_mul_([tensor for tensor, _ in pairs], [alive for _, alive in pairs])
