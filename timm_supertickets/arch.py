@@ -79,15 +79,19 @@ class Arch:
 
 
 def _frozen_shape(shape: Any) -> tuple[tuple[str, Any], ...]:
-    items = shape.items() if isinstance(shape, Mapping) else shape
     try:
-        return tuple((str(key), _frozen(value)) for key, value in items)
+        named = {str(key): _frozen(value) for key, value in (shape.items() if isinstance(shape, Mapping) else shape)}
     except (TypeError, ValueError):
         raise ValueError(f'arch: shape must map names to numbers or lists of them, got {shape!r}') from None
+    return tuple(sorted(named.items()))  # archs are equal whatever the order of a JSON file
 
 
 def _frozen(value: Any) -> Any:
-    return tuple(_frozen(v) for v in value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return tuple(_frozen(v) for v in value)
+    if value is not None and not isinstance(value, (int, float, str)):
+        raise TypeError
+    return value
 
 
 def _thawed(value: Any) -> Any:
@@ -102,7 +106,7 @@ def _frozen_blocks(blocks: Any) -> tuple[Kernels, ...]:
 
 def _frozen_kernels(index: int, block: Any) -> Kernels:
     try:
-        pairs = [(int(k), c) for k, c in (block.items() if isinstance(block, Mapping) else block)]
+        pairs = [(int(str(k)), c) for k, c in (block.items() if isinstance(block, Mapping) else block)]
     except (TypeError, ValueError):
         raise ValueError(f'arch: block {index} must be {{kernel size: channels}}, got {block!r}') from None
     for kernel, channels in pairs:

@@ -82,8 +82,8 @@ def take(tensors: Mapping[str, Tensor], groups: Iterable[ChannelGroup], keep: Ke
     """Thin tensors along their shared axes; serves weights, buffers, masks, EMA and optimizer moments alike.
 
     Args:
-        tensors: By parameter or buffer name. Names may be missing, and dimensions of size 1 are left alone
-            (factored moments), but a tensor that is there must have its parameter's layout.
+        tensors: By parameter or buffer name. Names may be missing, and scalars (step counts) and dimensions of
+            size 1 (factored moments) are left alone, but any other tensor must have its parameter's layout.
         groups: The channel groups of the model that the names belong to.
         keep: Keep plan; groups without an entry stay whole.
 
@@ -101,7 +101,7 @@ def take(tensors: Mapping[str, Tensor], groups: Iterable[ChannelGroup], keep: Ke
                 continue
             if not part.any():
                 del taken[name]
-            elif taken[name].size(dim) != 1 or part.numel() == 1:
+            elif taken[name].ndim and taken[name].size(dim) != 1:
                 index = part.nonzero().squeeze(1).to(taken[name].device)
                 taken[name] = taken[name].index_select(dim, index)
         if not alive.any():

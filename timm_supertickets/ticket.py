@@ -23,6 +23,8 @@ DENSE = 'model.safetensors'
 
 # what create_model takes for itself: none of it may come from a file
 _RESERVED = {*inspect.signature(timm.create_model).parameters} | {'features_only', 'feature_cls', 'feature_cfg'}
+# what a member of a space may be made with that changes its function, but not its shapes
+_FUNCTION_ARGS = ('act_layer', 'norm_layer', 'global_pool', 'output_stride')
 _CFG_KEYS = (
     'tag', 'input_size', 'fixed_input_size', 'interpolation', 'crop_pct', 'crop_mode', 'mean', 'std', 'num_classes',
     'label_names', 'pool_size', 'first_conv', 'classifier', 'license', 'description',
@@ -82,7 +84,10 @@ class Ticket:
         """
         held = Mask({name: alive.detach().cpu().clone() for name, alive in mask.items()})
         held.check(model)
-        weights = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+        weights = {
+            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for name, tensor in model.state_dict().items()
+        }
         for name, alive in held.items():
             weights[name].masked_fill_(~alive, 0)
         source = {**getattr(model, 'pretrained_cfg', {}), **(data_config or {})}
@@ -91,16 +96,18 @@ class Ticket:
         if 'input_size' in cfg:
             cfg['input_size'] = (getattr(model, 'in_chans', cfg['input_size'][0]), *cfg['input_size'][1:])
         arch = getattr(model, 'arch', None)
+        made_with = getattr(model, '_model_args', {})
         if isinstance(arch, Arch):
             name, args = f'superticket_{arch.space}', {'arch': arch.to_json()}
+            args |= {key: made_with[key] for key in _FUNCTION_ARGS if key in made_with}
         else:
-            name, args = source.get('architecture', ''), dict(getattr(model, '_model_args', {}))
-            args = {key: value for key, value in args.items() if key not in ('num_classes', 'in_chans', *_RESERVED)}
+            name = source.get('architecture', '')
+            args = {key: made_with[key] for key in made_with if key not in ('num_classes', 'in_chans', *_RESERVED)}
             if not timm.is_model(name):
                 raise ValueError(
                     f'{type(model).__name__} was not made by timm.create_model: its architecture is {name!r}'
                 )
-        ticket = cls(name, args, _plain(cfg), weights, held, _plain(dict(facts or {})))
+        ticket = cls(name, _plain(args), _plain(cfg), weights, held, _plain(dict(facts or {})))
         ticket.check()
         return ticket
 
@@ -177,7 +184,7 @@ class Ticket:
         """
         self.check()
         folder = Path(folder)
-        if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / CONFIG).exists())):
+        if folder.exists() and not _holds_ticket(folder):
             raise ValueError(f'{folder} holds something that is not a ticket; choose another folder')
         config = self.config()
         extra = {} if self.arch is None else {ARCH: arch_tensor(self.arch)}
@@ -234,12 +241,21 @@ class Ticket:
             raise ValueError(
                 f'{path} has format version {version}; this package reads up to {FORMAT_VERSION}: upgrade it'
             )
-        try:
-            ticket = cls(config['architecture'], config['model_args'], dict(config['pretrained_cfg']), {}, Mask())
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f'{path}: {CONFIG} lacks {error}') from None
-        ticket.pretrained_cfg.pop('hf_hub_filename', None)
-        ticket.facts = dict(section.get('facts') or {})
+        for key, kind in (('architecture', str), ('model_args', dict), ('pretrained_cfg', dict)):
+            if not isinstance(config.get(key), kind):
+                raise ValueError(f'{path}: {CONFIG} must have {key!r} as a {kind.__name__}, got {config.get(key)!r}')
+        header = _parsed(metadata, 'config', file) if 'config' in metadata else config
+        for key in ('architecture', 'model_args'):
+            if config[key] != header.get(key):
+                raise ValueError(f'{path}: {key!r} in {CONFIG} is not what {file.name} was saved for')
+        cfg = {key: value for key, value in config['pretrained_cfg'].items() if key != 'hf_hub_filename'}
+        unknown = sorted(set(cfg) - set(_CFG_KEYS))
+        if unknown:
+            raise ValueError(f'{path}: pretrained_cfg in {CONFIG} must not set {", ".join(unknown)}')
+        facts = section.get('facts', {})
+        if not isinstance(facts, dict):
+            raise ValueError(f'{path}: facts in {CONFIG} must be a dict, got {facts!r}')
+        ticket = cls(config['architecture'], config['model_args'], cfg, {}, Mask(), facts)
         try:
             if is_packed(tensors):
                 weights, mask = unpack(tensors, _shapes(ticket), ticket.arch)
@@ -263,9 +279,20 @@ def _shapes(ticket: Ticket) -> dict[str, tuple[int, ...]]:
         with torch.device('meta'):
             cfg = {**ticket.pretrained_cfg, 'architecture': ticket.architecture}
             model = timm.create_model(ticket.architecture, pretrained_cfg=cfg, **ticket.model_args)
-    except TypeError as error:
-        raise ValueError(f'ticket: {ticket.architecture} cannot be built: {error}') from None
+    except Exception as error:  # what a model makes of bad arguments is up to the model
+        raise ValueError(f'ticket: {ticket.architecture} cannot be built: {error}') from error
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _holds_ticket(folder: Path) -> bool:
+    """Whether a folder is empty, holds a ticket, or what is left of one whose saving was cut short."""
+    if not folder.is_dir():
+        return False
+    if (folder / CONFIG).exists():
+        config = read_json(folder / CONFIG)
+        return isinstance(config, dict) and 'supertickets' in config
+    names = {path.name.removeprefix('.').removesuffix('.tmp') for path in folder.iterdir()}
+    return names <= {CONFIG, PACKED, DENSE}
 
 
 def _zero_pattern(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], file: Path) -> dict[str, Tensor]:

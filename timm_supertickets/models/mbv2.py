@@ -291,4 +291,4 @@ def supernet_mbv2_tiny(pretrained: bool = False, width: float = 1.0, **kwargs: A
 @register_model
 def superticket_mbv2(pretrained: bool = False, arch: Any = None, **kwargs: Any) -> MixedMobileNetV2:
     """Any member of the mbv2 space; `arch` is an `Arch` or its JSON form, by default the largest member."""
-    return _create('superticket_mbv2', pretrained, arch=arch or full_arch(FULL, 32, 1280), **kwargs)
+    return _create('superticket_mbv2', pretrained, arch=full_arch(FULL, 32, 1280) if arch is None else arch, **kwargs)

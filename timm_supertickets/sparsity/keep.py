@@ -3,7 +3,6 @@
 import warnings
 from types import TracebackType
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -36,7 +35,7 @@ def keep_sparse(model: nn.Module, optimizer: Optimizer, mask: Mask | None = None
     """Tie a mask to a model and its optimizer: whatever loop trains them, dead weights stay dead.
 
     Gradients are masked as they accumulate, so gradient clipping sees only living weights; weights are masked
-    after every step of the optimizer. The dead weights are zeroed at once.
+    after every step of the optimizer. The dead weights, and gradients that they have, are zeroed at once.
 
     Args:
         model: The model that the optimizer trains (not a copy, not a compiled or distributed wrapper of it).
@@ -54,10 +53,10 @@ def keep_sparse(model: nn.Module, optimizer: Optimizer, mask: Mask | None = None
         if not mask:
             warnings.warn(f'keep_sparse: {type(model).__name__} has no zero weights to keep', stacklevel=2)
     mask.check(model)
-    held = Mask({name: alive.detach().clone() for name, alive in mask.items()})
     inner = getattr(optimizer, 'optimizer', optimizer)  # accelerate's wrapper has no hooks of its own
     trained = {id(param) for group in inner.param_groups for param in group['params']}
-    params = {name: param for name, param in model.named_parameters() if name in held}
+    params = {name: param for name, param in model.named_parameters() if name in mask}
+    held = Mask({name: mask[name].detach().to(param.device, copy=True) for name, param in params.items()})
     if params and not any(id(param) in trained for param in params.values()):
         raise ValueError(f'keep_sparse: the optimizer trains none of the masked weights of {type(model).__name__}')
 
@@ -73,6 +72,6 @@ def keep_sparse(model: nn.Module, optimizer: Optimizer, mask: Mask | None = None
 
     hooks = [mask_gradient(name) for name, param in params.items() if param.requires_grad]
     hooks.append(inner.register_step_post_hook(mask_weights))
-    with torch.no_grad():
-        mask_weights()
+    held.zero_weights_(model)
+    held.zero_grads_(model)
     return KeptSparse(held, hooks)

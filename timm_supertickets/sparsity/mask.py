@@ -37,7 +37,10 @@ def prunable(model: nn.Module) -> dict[str, Tensor]:
 
 
 class Mask(dict[str, Tensor]):
-    """`{parameter name: bool tensor}`, True = alive. Tensors have their parameters' shapes and devices."""
+    """`{parameter name: bool tensor}`, True = alive. Tensors have their parameters' shapes.
+
+    Keep them on their parameters' devices: a mask from elsewhere is copied at every use.
+    """
 
     @classmethod
     def dense(cls, params: Mapping[str, Tensor]) -> 'Mask':
@@ -105,4 +108,4 @@ class Mask(dict[str, Tensor]):
 def _zero_(mask: Mask, tensors: Iterable[tuple[str, Tensor | None]]) -> None:
     pairs = [(tensor, mask[name]) for name, tensor in tensors if name in mask and tensor is not None]
     if pairs:
-        torch._foreach_mul_([tensor for tensor, _ in pairs], [alive for _, alive in pairs])
+        torch._foreach_mul_([tensor for tensor, _ in pairs], [alive.to(tensor.device) for tensor, alive in pairs])

@@ -26,7 +26,8 @@ def prune(
     Args:
         scores: Per prunable tensor a score for each weight, higher = more worth keeping.
         sparsity: Dead share of all weights, in [0, 1).
-        scope: `'global'`: all weights compete; `'tensor'`: every tensor gets this sparsity.
+        scope: `'global'`: all weights compete; `'tensor'`: every tensor gets this sparsity, as nearly as
+            `floor` and `within` allow.
         floor: Living weights that every tensor keeps, whatever its scores (or all of them, if it has fewer).
         within: Only its living weights may live; what is dead in it stays dead and counts.
 
@@ -53,7 +54,7 @@ def prune(
         flat = torch.cat(list(ranks.values()))
         alive = _all_but_lowest(flat, dead, 'all tensors together').split(list(sizes.values()))
         return Mask({name: a.view(scores[name].shape) for name, a in zip(sizes, alive, strict=True)})
-    quota = _quota(sizes, sparsity, dead)
+    quota = _quota(ranks, sparsity, dead)
     return Mask(
         {name: _all_but_lowest(rank, quota[name], name).view(scores[name].shape) for name, rank in ranks.items()}
     )
@@ -61,13 +62,13 @@ def prune(
 
 def _protected(name: str, score: Tensor, floor: int, within: Mask | None) -> Tensor:
     """Scores in float, flat; -inf for what must stay dead, +inf for the tensor's best, which must live."""
-    rank = score.flatten().float()
+    rank = score.flatten().to(torch.promote_types(score.dtype, torch.float32))
     if within is not None:
         if name not in within or within[name].shape != score.shape:
             raise ValueError(f'the mask to prune within has no entry of shape {tuple(score.shape)} for {name!r}')
         rank = rank.masked_fill(~within[name].flatten().to(rank.device), -torch.inf)
-    best = rank.topk(min(floor, rank.numel())).indices
-    return rank.index_fill(0, best, torch.inf)
+    floor = min(floor, rank.numel() - int(rank.isneginf().sum()))
+    return rank.masked_fill(_all_but_lowest(rank, rank.numel() - floor, name), torch.inf)
 
 
 def _all_but_lowest(rank: Tensor, k: int, where: str) -> Tensor:
@@ -87,10 +88,23 @@ def _all_but_lowest(rank: Tensor, k: int, where: str) -> Tensor:
     return alive.index_fill_(0, ties[ties.numel() - surplus :], True)
 
 
-def _quota(sizes: Mapping[str, int], sparsity: float, dead: int) -> dict[str, int]:
-    """Whole numbers per tensor that add up to `dead`: the largest fractions are rounded up."""
-    quota = {name: int(sparsity * size) for name, size in sizes.items()}
-    fractions = sorted(sizes, key=lambda name: quota[name] - sparsity * sizes[name])
-    for name in fractions[: dead - sum(quota.values())]:
-        quota[name] += 1
+def _quota(ranks: Mapping[str, Tensor], sparsity: float, dead: int) -> dict[str, int]:
+    """Whole numbers per tensor that add up to `dead`: as near to this sparsity as what is dead already, and what
+    must live, allow.
+    """
+    wanted = {name: sparsity * rank.numel() for name, rank in ranks.items()}
+    least = {name: int(rank.isneginf().sum()) for name, rank in ranks.items()}
+    most = {name: rank.numel() - int(rank.isposinf().sum()) for name, rank in ranks.items()}
+    quota = {name: min(max(int(wanted[name]), least[name]), most[name]) for name in ranks}
+    while missing := dead - sum(quota.values()):
+        one = 1 if missing > 0 else -1
+        movable = [name for name in quota if least[name] <= quota[name] + one <= most[name]]
+        if not movable:
+            raise ValueError(
+                f'{dead} weights should die in all tensors together, but {sum(least.values())} are dead already '
+                f'and only {sum(most.values())} may die'
+            )
+        movable.sort(key=lambda name: one * (quota[name] - wanted[name]))
+        for name in movable[: abs(missing)]:
+            quota[name] += one
     return quota

@@ -1,0 +1,40 @@
+"""Plan: what a configuration says for a step of the trunk. Pure numbers."""
+
+from config import Config
+from timm_supertickets.sparsity import schedule
+
+
+def searching(config: Config, step: int) -> bool:
+    """Whether channels may still die at this step."""
+    return config.search != 'none' and step <= config.search_until * config.steps
+
+
+def budget(config: Config, step: int) -> float:
+    """Share of the supernet's MACs that the net may cost after the event at this step."""
+    return schedule.cubic(step, 0, config.search_until * config.steps, config.budget, initial=1.0)
+
+
+def penalty(config: Config, step: int) -> float:
+    """Weight of the gates' penalty at this step."""
+    if not searching(config, step):
+        return 0.0
+    return schedule.warmup(step, config.penalty_warmup * config.steps, config.penalty)
+
+
+def sparsity(config: Config, step: int) -> float:
+    """Sparsity of the trunk after the event at this step."""
+    start, stop, final = config.prune_from * config.steps, config.prune_until * config.steps, config.targets[-1]
+    if config.schedule == 'cubic':
+        return schedule.cubic(step, start, stop, final)
+    prunes = max(1, round((stop - start) / config.round_steps))
+    return final if step >= stop else schedule.steps(step, config.round_steps, final / prunes, final, start)
+
+
+def due(config: Config, step: int, drawn: int) -> list[float]:
+    """The targets that the trunk has reached at this step and that have not been drawn."""
+    return [target for target in config.targets[drawn:] if target <= sparsity(config, step)]
+
+
+def regrow_share(config: Config, step: int) -> float:
+    """Share of the living weights that `regrow` trades at this step."""
+    return schedule.cosine(step, config.prune_from * config.steps, config.prune_until * config.steps, config.regrow_share)

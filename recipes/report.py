@@ -1,0 +1,121 @@
+"""Report: what a person sees of a run: progress, summary.csv, the final table, and the folder it all lies in."""
+
+import csv
+import io
+import math
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+from config import Config
+from rich.console import Console
+from rich.table import Table
+from state import find_checkpoint
+from timm_supertickets.files import write_atomic
+from tqdm import tqdm
+
+COLUMNS = (
+    'name', 'round', 'step', 'loss', 'top1', 'n', 'sparsity', 'sparsity_all', 'macs', 'sparse_macs', 'params',
+    'bytes', 'dense_bytes', 'seconds',
+)  # fmt: skip
+TRUNK = 'trunk'
+
+
+class Report:
+    """What a person sees of a run.
+
+    Args:
+        config: The run's configuration.
+        main: Whether this process is the one that speaks and writes.
+
+    Raises:
+        ValueError: The output folder holds something else.
+    """
+
+    def __init__(self, config: Config, main: bool) -> None:
+        self.config, self.main = config, main
+        self.output = Path(config.output)
+        self.rows: list[dict[str, Any]] = []
+        self.started = time.monotonic()
+        self._claim_folder()
+        self._bar = tqdm(total=config.steps + len(config.targets) * config.cooldown_steps, disable=not main, unit='step')
+
+    def _claim_folder(self) -> None:
+        path = self.output / 'config.yaml'
+        if self.output.exists() and not self.output.is_dir():
+            raise ValueError(f'output {self.output} is not a folder')
+        if path.exists():
+            theirs, ours = yaml.safe_load(path.read_text(encoding='utf-8')), asdict(self.config)
+            differ = [key for key in ours if key not in ('resume', 'output') and theirs.get(key) != ours[key]]
+            if differ:
+                pairs = ', '.join(f'{key} is {theirs.get(key)!r} there, {ours[key]!r} here' for key in differ[:3])
+                raise ValueError(f'output {self.output} already holds another run ({pairs}); choose another output=')
+            if self.config.resume == 'never':
+                raise ValueError(f'output {self.output} already holds this run; resume=auto goes on with it')
+        elif self.output.exists() and any(self.output.iterdir()):
+            raise ValueError(f'output {self.output} holds something that is not a run; choose another output=')
+        elif self.main:
+            self.output.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, self.config.to_yaml().encode())
+
+    def resume(self, rows: list[dict[str, Any]], steps: int) -> None:
+        """Go on after so many steps with the rows that were there."""
+        self.rows = rows
+        self._bar.update(steps)
+
+    def step(self, text: str) -> None:
+        """One more step; `text` says what is under way."""
+        if self._bar.desc != text:
+            self._bar.set_description_str(text, refresh=False)
+        self._bar.update()
+
+    def finite(self, loss: float, text: str) -> float:
+        """The loss, if it is a number.
+
+        Raises:
+            ValueError: It is not; the last good checkpoint is named.
+        """
+        if math.isfinite(loss):
+            return loss
+        kept = find_checkpoint('auto', self.output)
+        kept = f'the last good checkpoint is {kept}' if kept else 'there is no checkpoint yet'
+        raise ValueError(f'the loss became {loss} in {text} (lr={self.config.lr}); {kept}')
+
+    def add(self, **row: Any) -> None:
+        """Add a row, and write summary.csv anew."""
+        self.rows.append({**row, 'seconds': round(time.monotonic() - self.started, 1)})
+        self._bar.set_postfix_str(f'loss {row["loss"]:.3f}, top-1 {row["top1"]:.3f}, sparsity {row["sparsity"]:.3f}')
+        if self.main:
+            text = io.StringIO()
+            writer = csv.DictWriter(text, COLUMNS, lineterminator='\n')
+            writer.writeheader()
+            writer.writerows(self.rows)
+            write_atomic(self.output / 'summary.csv', text.getvalue().encode())
+
+    def finish(self) -> None:
+        """Print the table of tickets, and how to load them."""
+        self._bar.close()
+        if not self.main:
+            return
+        table = Table(title=f'{len(self.tickets)} tickets from one run of {self.config.model} on {self.config.dataset}')
+        for column in ('ticket', 'sparsity', 'of all', 'MMACs', 'sparse', 'params', 'bytes', 'dense', 'top-1', 'n'):
+            table.add_column(column, justify='left' if column == 'ticket' else 'right', no_wrap=True)
+        for row in self.tickets:
+            table.add_row(
+                row['name'], f'{row["sparsity"]:.4f}', f'{row["sparsity_all"]:.4f}', f'{row["macs"] / 1e6:.2f}',
+                f'{row["sparse_macs"] / 1e6:.2f}', f'{row["params"]:,}', f'{row["bytes"]:,}',
+                f'{row["dense_bytes"]:,}', f'{row["top1"]:.4f}', str(row['n']),
+            )  # fmt: skip
+        console = Console(soft_wrap=True)
+        console.print(table)
+        console.print('import timm, timm_supertickets', highlight=False)
+        for row in self.tickets:
+            path = self.output / row['name']
+            console.print(f"timm.create_model('local-dir:{path}', pretrained=True)", highlight=False, markup=False)
+
+    @property
+    def tickets(self) -> list[dict[str, Any]]:
+        """The rows of tickets."""
+        return [row for row in self.rows if row['name'] != TRUNK]

@@ -1,0 +1,198 @@
+"""State: everything that a run carries from round to round, through shrinks, forks and checkpoints."""
+
+import copy
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import extract_model_from_parallel
+from config import Config
+from timm.utils import ModelEmaV3
+from timm_supertickets import Arch, Mask
+from timm_supertickets.channels import Keep, take
+from timm_supertickets.files import dump_json, dump_safetensors, read_json, read_safetensors, write_atomic
+from timm_supertickets.search.shrink import searchable, shrink, shrink_optimizer_
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+CHECKPOINTS = 'checkpoints'
+
+
+@dataclass
+class State:
+    """What a run carries.
+
+    Args:
+        net: The model itself, not a wrapper of it.
+        optimizer: Trains the net's parameters.
+        mask: Which weights live.
+        ema: Average of the weights, if one is kept.
+        round: Rounds that are behind us.
+        drawn: Tickets that have been drawn.
+        gradients: Dense gradients of the masked weights at the end of the last round; only `regrow` asks for them.
+    """
+
+    net: nn.Module
+    optimizer: Optimizer
+    mask: Mask
+    ema: ModelEmaV3 | None = None
+    round: int = 0
+    drawn: int = 0
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+
+    def prepare(self, accelerator: Accelerator) -> tuple[nn.Module, Any]:
+        """Wrap net and optimizer for this process; the wrappers are good until the next `prepare`."""
+        accelerator.free_memory()  # or accelerate would save every model that it ever prepared
+        self.release()
+        model, optimizer = accelerator.prepare(self.net, self.optimizer)
+        return model, optimizer
+
+    def release(self) -> None:
+        """Undo what preparing did to the net, which may then be copied, shrunk and prepared again."""
+        self.net = extract_model_from_parallel(self.net, keep_fp32_wrapper=False)
+        self.net.__dict__.pop('forward', None)
+        for thing in (self.net, self.optimizer):
+            thing.__dict__.pop('_is_accelerate_prepared', None)
+
+    def fork(self) -> 'State':
+        """An independent copy: the optimizer of the copy trains the net of the copy."""
+        self.release()
+        return copy.deepcopy(self)
+
+    def shrink(self, keep: Keep) -> None:
+        """Leave the dying channels behind, everywhere."""
+        groups = searchable(self.net).channel_groups()
+        small = shrink(self.net, keep)
+        shrink_optimizer_(self.optimizer, self.net, small, groups, keep)
+        self.mask = Mask(take(self.mask, groups, keep))
+        self.gradients = take(self.gradients, groups, keep)
+        if self.ema is not None:
+            self.ema.module = shrink(self.ema.module, keep)
+        self.net = small
+
+    def zero_dead_weights_(self) -> None:
+        """Zero what the mask says is dead, in the net and in its average."""
+        self.mask.zero_weights_(self.net)
+        if self.ema is not None:
+            self.mask.zero_weights_(self.ema.module)
+
+    @torch.no_grad()
+    def keep_gradients(self) -> None:
+        """Remember the dense gradients of the masked weights."""
+        params = self.net.named_parameters()
+        self.gradients = {name: p.grad.clone() for name, p in params if name in self.mask and p.grad is not None}
+
+    def steps(self, config: Config) -> int:
+        """Steps that are behind us, branches included."""
+        return self.round * config.round_steps + self.drawn * config.cooldown_steps
+
+    @property
+    def ticket_name(self) -> str:
+        """What a ticket of this net is called, without its sparsity."""
+        arch = getattr(self.net, 'arch', None)
+        return f'superticket_{arch.space}' if isinstance(arch, Arch) else str(self.net.pretrained_cfg['architecture'])
+
+    @property
+    def best(self) -> nn.Module:
+        """The net that a ticket is drawn from: the average, if one is kept."""
+        return self.net if self.ema is None else self.ema.module
+
+    def save(self, accelerator: Accelerator, output: Path, rows: list[dict[str, Any]]) -> None:
+        """Write a checkpoint, whole or not at all, and let go of all but the last two.
+
+        Args:
+            accelerator: Has just prepared this state.
+            output: Folder of the run.
+            rows: What the summary holds so far.
+        """
+        folder = output / CHECKPOINTS
+        saving, path = folder / '.saving', folder / f'round_{self.round:05d}'
+        if accelerator.is_main_process:
+            shutil.rmtree(saving, ignore_errors=True)
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(saving))
+        if accelerator.is_main_process:
+            arch = getattr(self.net, 'arch', None)
+            about = {
+                'round': self.round,
+                'drawn': self.drawn,
+                'arch': arch.to_json() if isinstance(arch, Arch) else None,
+                'rows': rows,
+            }
+            write_atomic(saving / 'state.json', dump_json(about))
+            write_atomic(saving / 'mask.safetensors', dump_safetensors(self.mask, {}))
+            if self.ema is not None:
+                write_atomic(saving / 'ema.safetensors', dump_safetensors(self.ema.module.state_dict(), {}))
+            shutil.rmtree(path, ignore_errors=True)
+            os.replace(saving, path)
+            for old in checkpoints(output)[:-2]:
+                shutil.rmtree(old)
+        accelerator.wait_for_everyone()
+
+    def load(self, accelerator: Accelerator, path: Path) -> list[dict[str, Any]]:
+        """Go on from a checkpoint. The net must have been built by the same configuration.
+
+        Args:
+            accelerator: Prepares the loaded state.
+            path: The checkpoint.
+
+        Returns:
+            The rows of the summary at that time.
+
+        Raises:
+            ValueError: It is no checkpoint, or not a whole one.
+        """
+        about = read_json(path / 'state.json')
+        device = next(self.net.parameters()).device
+        if about['arch'] is not None:
+            small = searchable(self.net).rebuild(Arch.from_json(about['arch']))
+            rebind_(self.optimizer, self.net, small)
+            self.net = small
+        mask, _ = read_safetensors(path / 'mask.safetensors')
+        self.mask = Mask({name: alive.to(device) for name, alive in mask.items()})
+        if self.ema is not None:
+            average, _ = read_safetensors(path / 'ema.safetensors')
+            self.ema.module = copy.deepcopy(self.net).eval()
+            self.ema.module.load_state_dict(average)
+        self.round, self.drawn = about['round'], about['drawn']
+        self.prepare(accelerator)
+        accelerator.load_state(str(path))
+        rows: list[dict[str, Any]] = about['rows']
+        return rows
+
+
+def rebind_(optimizer: Optimizer, model: nn.Module, other: nn.Module) -> None:
+    """Let an optimizer that has not stepped yet train another member's parameters of the same names."""
+    names = {id(param): name for name, param in model.named_parameters()}
+    params: Mapping[str, nn.Parameter] = dict(other.named_parameters())
+    for group in optimizer.param_groups:
+        group['params'] = [params[names[id(p)]] for p in group['params'] if names[id(p)] in params]
+
+
+def checkpoints(output: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    return sorted((output / CHECKPOINTS).glob('round_*'))
+
+
+def find_checkpoint(resume: str, output: Path) -> Path | None:
+    """The checkpoint to go on from, if any.
+
+    Args:
+        resume: `auto`: the newest in `output`; `never`; or the folder of a checkpoint.
+        output: Folder of the run.
+
+    Raises:
+        ValueError: The folder is no checkpoint.
+    """
+    if resume == 'never':
+        return None
+    if resume == 'auto':
+        return next(reversed(checkpoints(output)), None)
+    if not (Path(resume) / 'state.json').is_file():
+        raise ValueError(f'resume={resume} is neither "auto" nor "never" nor a checkpoint folder such as {output / CHECKPOINTS}/round_00004')
+    return Path(resume)

@@ -1,0 +1,232 @@
+"""Draw SuperTickets: search and prune a supernet in one run, and draw a ticket at every target sparsity.
+
+accelerate launch recipes/train.py [--config recipes/configs/NAME.yaml] [key=value ...]
+"""
+
+import sys
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import plan
+import timm
+import timm_supertickets
+import torch
+from accelerate import Accelerator
+from config import Config, parse
+from data import Data, batches, create_data, top1
+from pictures import draw_pictures
+from report import TRUNK, Report
+from state import State, find_checkpoint
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
+from timm.utils import ModelEmaV3
+from timm_supertickets import Mask, Ticket, prunable
+from timm_supertickets.channels import Keep
+from timm_supertickets.cost import channel_macs, model_cost
+from timm_supertickets.search.importance import GatePenalty, gate_importance, penalty_weights
+from timm_supertickets.search.select import select_by_budget, select_by_threshold
+from timm_supertickets.search.shrink import searchable
+from timm_supertickets.sparsity.prune import prune
+from timm_supertickets.sparsity.reactivate import regrow, reset
+from timm_supertickets.sparsity.scores import magnitude
+from torch.nn.functional import cross_entropy
+from torch.optim.swa_utils import update_bn
+
+
+@dataclass
+class Run:
+    """What stays the same throughout a run."""
+
+    config: Config
+    accelerator: Accelerator
+    data: Data
+    report: Report
+    command: str
+
+
+def main(argv: list[str]) -> None:
+    """A trunk of rounds with an event after each; at every target sparsity, a branch that finishes a ticket."""
+    config = parse(argv)
+    accelerator = Accelerator()
+    data = create_data(config, accelerator)
+    command = ' '.join(['accelerate launch recipes/train.py', *argv])
+    run = Run(config, accelerator, data, Report(config, accelerator.is_main_process), command)
+    state = start(run)
+    supernet, supernet_macs = getattr(state.net, 'arch', None), model_cost(state.net, data.input_size).macs
+    if path := find_checkpoint(config.resume, run.report.output):
+        run.report.resume(state.load(accelerator, path), state.steps(config))
+
+    while state.round < config.rounds:
+        loss = train_round(run, state)
+        state.round += 1
+        step = state.round * config.round_steps
+
+        # the event: channels die, then weights
+        if plan.searching(config, step):
+            state.shrink(living_channels(run, state, plan.budget(config, step) * supernet_macs))
+        for target in plan.due(config, step, state.drawn):
+            draw(run, state.fork(), target)
+            state.drawn += 1
+        state.mask = pruned(run, state, plan.sparsity(config, step))
+        state.zero_dead_weights_()
+        run.report.add(name=TRUNK, step=step, round=state.round, loss=loss, **measure(run, state))
+
+        # until the next one, some of the dead may compete again
+        if config.reactivation == 'reset':
+            state.mask = reset(state.mask)
+        elif config.reactivation == 'regrow':
+            share = plan.regrow_share(config, step)
+            state.mask = regrow(state.mask, magnitude(state.net), state.gradients, share)
+            state.zero_dead_weights_()
+        state.save(accelerator, run.report.output, run.report.rows)
+
+    if accelerator.is_main_process:
+        draw_pictures(run.report.output, run.report.rows, supernet)
+    run.report.finish()
+
+
+def start(run: Run) -> State:
+    """A fresh supernet, its optimizer, and a mask that is all alive."""
+    config, data = run.config, run.data
+    torch.manual_seed(config.seed)
+    net = timm.create_model(config.model, num_classes=data.num_classes, in_chans=config.in_chans, **config.model_args)
+    net = net.to(run.accelerator.device)
+    optimizer = create_optimizer_v2(
+        net, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum
+    )
+    for group in optimizer.param_groups:
+        group['initial_lr'] = group['lr']  # where timm's schedulers start from, round after round
+    ema = ModelEmaV3(net, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
+    return State(net, optimizer, Mask.dense(prunable(net)), ema)
+
+
+def train_round(run: Run, state: State) -> float:
+    """One round of the trunk: the learning rate is constant, and the gates pay while the search is on."""
+    config = run.config
+    rate = MultiStepLRScheduler(
+        state.optimizer, decay_t=[], warmup_t=config.warmup_steps, t_in_epochs=False, initialize=False
+    )
+    first = state.round * config.round_steps
+    text = f'round {state.round + 1} of {config.rounds}'
+    return train(run, state, text, first, config.round_steps, rate, lambda step: plan.penalty(config, step))
+
+
+def train(
+    run: Run,
+    state: State,
+    text: str,
+    first: int,
+    steps: int,
+    rate: Any,
+    rho: Callable[[int], float] = lambda step: 0.0,
+) -> float:
+    """Train with the mask held; returns the mean loss.
+
+    Args:
+        run: What stays the same.
+        state: Is trained.
+        text: What is under way; it also seeds the order of the images.
+        first: The first step's number.
+        steps: How many steps.
+        rate: A scheduler of timm's over the state's optimizer.
+        rho: Weight of the gates' penalty at a step.
+    """
+    config, accelerator, net, mask = run.config, run.accelerator, state.net, state.mask
+    model, optimizer = state.prepare(accelerator)
+    model.train()
+    penalty = gate_penalty(run, state) if rho(first) or rho(first + steps - 1) else None
+    total = torch.zeros((), device=accelerator.device)
+    seed = zlib.crc32(f'{config.seed} {text}'.encode())
+    for step, (images, labels) in enumerate(batches(run.data.train, steps, seed), first):
+        rate.step_update(step)
+        loss = cross_entropy(model(images), labels, label_smoothing=config.smoothing)
+        accelerator.backward(loss + rho(step) * penalty() if penalty else loss)
+        if config.reactivation == 'regrow' and step == first + steps - 1:
+            state.keep_gradients()
+        mask.zero_grads_(net)
+        if config.clip_grad:
+            accelerator.clip_grad_norm_(model.parameters(), config.clip_grad)
+        optimizer.step()
+        optimizer.zero_grad()
+        mask.zero_weights_(net)
+        if state.ema is not None:
+            state.ema.update(net, step=step + 1)
+        total += loss.detach()
+        run.report.step(text)
+    mean = accelerator.reduce(total, reduction='mean').item() / max(1, steps)
+    return run.report.finite(mean, text)
+
+
+def gate_penalty(run: Run, state: State) -> GatePenalty:
+    """The penalty on the gates of the net as it is now, by what their channels cost."""
+    groups = searchable(state.net).channel_groups()
+    return GatePenalty(state.net, penalty_weights(channel_macs(groups, model_cost(state.net, run.data.input_size))))
+
+
+def living_channels(run: Run, state: State, budget: float) -> Keep:
+    """Which channels live on: those with large gates, or the most important ones that fit the budget of MACs."""
+    groups = searchable(state.net).channel_groups()
+    importance = gate_importance(state.best, groups)
+    if run.config.search == 'threshold':
+        return select_by_threshold(groups, importance, run.config.threshold)
+    cost = model_cost(state.net, run.data.input_size)
+    return select_by_budget(groups, importance, channel_macs(groups, cost), cost.macs, budget)
+
+
+def pruned(run: Run, state: State, sparsity: float) -> Mask:
+    """The mask of this sparsity; the dead stay dead, unless the dying channels took too many of the living along."""
+    within = state.mask if state.mask.sparsity <= sparsity else None
+    return prune(magnitude(state.net), sparsity, scope=run.config.scope, floor=run.config.floor, within=within)
+
+
+def draw(run: Run, state: State, target: float) -> None:
+    """Finish a fork of the trunk: prune it to the target, hold the mask, let the learning rate fall to zero, save."""
+    config = run.config
+    name = f'{state.ticket_name}_s{100 * target:g}'.replace('.', '_')
+    state.mask = pruned(run, state, target)
+    state.zero_dead_weights_()
+    rate = CosineLRScheduler(state.optimizer, max(1, config.cooldown_steps), t_in_epochs=False, initialize=False)
+    loss = train(run, state, name, 0, config.cooldown_steps, rate)
+    state.zero_dead_weights_()
+    if state.ema is not None or not config.cooldown_steps:  # batch norm has not seen these very weights
+        update_bn((images for images, _ in islice(run.data.train, 50)), state.best)
+    score = measure(run, state)
+    if run.accelerator.is_main_process:
+        facts = {
+            'dataset': config.dataset,
+            'top1': score['top1'],
+            'n': score['n'],
+            'supernet': config.model,
+            'seed': config.seed,
+            'command': run.command,
+            'versions': {module.__name__: module.__version__ for module in (timm_supertickets, torch, timm)},
+        }
+        ticket = Ticket.draw(state.best, state.mask, facts=facts, data_config=run.data.config)
+        folder = ticket.save(run.report.output / name)
+        score['bytes'] = sum(file.stat().st_size for file in folder.glob('*.safetensors'))
+        score['dense_bytes'] = sum(t.numel() * t.element_size() for t in ticket.weights.values())
+    run.report.add(name=name, round=state.round, step=state.round * config.round_steps, loss=loss, **score)
+
+
+def measure(run: Run, state: State) -> dict[str, Any]:
+    """What the net scores on the test images, and what it costs."""
+    cost = model_cost(state.best, run.data.input_size, state.mask)
+    return {
+        'top1': top1(state.best, run.data, run.accelerator),
+        'n': run.data.val_count,
+        'sparsity': cost.sparsity,
+        'sparsity_all': cost.sparsity_all,
+        'macs': cost.macs,
+        'sparse_macs': cost.sparse_macs,
+        'params': cost.params,
+    }
+
+
+if __name__ == '__main__':
+    try:
+        main(sys.argv[1:])
+    except ValueError as error:
+        sys.exit(f'error: {error}')
