@@ -23,6 +23,8 @@ class Config:
         data_dir: Where the dataset lies.
         train_split: Split to train on.
         val_split: Split to score on; the test images.
+        train_samples: Images of the training split; only for streamed datasets (`hfids/`) that do not say.
+        val_samples: Images of the test split, likewise.
         num_classes: Classes of the model; by default those of the dataset.
         in_chans: Input channels, 3 or 1.
         img_size: Side of the input in pixels.
@@ -70,6 +72,8 @@ class Config:
     data_dir: str | None = None
     train_split: str = 'train'
     val_split: str = 'test'
+    train_samples: int | None = None
+    val_samples: int | None = None
     num_classes: int | None = None
     in_chans: int = 3
     img_size: int = 32

@@ -167,19 +167,37 @@ def _datasets(config: Config) -> tuple[Any, Any, list[str]]:
         name = f'hfds/{folder}'
     else:
         name = '' if config.dataset == 'folder' else config.dataset
-        if not name and not (config.data_dir and Path(config.data_dir).is_dir()):
-            raise ValueError(f'data_dir {config.data_dir!r} is no folder; it should hold train/CLASS/IMAGE and {config.val_split}/CLASS/IMAGE')
+        if not name.partition('/')[1] and not (config.data_dir and Path(config.data_dir).is_dir()):
+            raise ValueError(
+                f'dataset {config.dataset!r} is a folder of images, and data_dir={config.data_dir} is none; it should hold '
+                f'{config.train_split}/CLASS/IMAGE and {config.val_split}/CLASS/IMAGE. Other datasets are digits, '
+                'fashion_mnist, hfds/NAME, hfids/NAME (data_dir is then their cache), torch/NAME'
+            )
     root = None if name.startswith('hfds/') and config.dataset == 'fashion_mnist' else config.data_dir
     try:
         train, val = (
-            create_dataset(name, root=root, split=split, is_training=training, batch_size=config.batch_size,
-                           input_img_mode=mode, seed=config.seed)
-            for split, training in ((config.train_split, True), (config.val_split, False))
-        )  # fmt: skip
-    except (OSError, ValueError, RuntimeError, AssertionError) as error:
-        raise ValueError(f'dataset {config.dataset!r} with data_dir={config.data_dir} cannot be read: {error}') from None
+            create_dataset(
+                name,
+                root=root,
+                split=split,
+                is_training=split == config.train_split,
+                batch_size=config.batch_size,
+                num_samples=samples,
+                input_img_mode=mode,
+                seed=config.seed,
+            )
+            for split, samples in ((config.train_split, config.train_samples), (config.val_split, config.val_samples))
+        )
+    except (OSError, ValueError, RuntimeError, AssertionError, KeyError) as error:
+        raise ValueError(
+            f'dataset {config.dataset!r} with data_dir={config.data_dir} cannot be read: {_in_our_words(error)}'
+        ) from None
     classes: dict[str, int] = getattr(train.reader, 'class_to_idx', None) or {}
     return train, val, sorted(classes, key=lambda label: classes[label])
+
+
+def _in_our_words(error: Exception) -> str:
+    return ' '.join(str(error).split()).replace('`num_samples`', 'train_samples= and val_samples=')
 
 
 def _digits(mode: str) -> tuple[Pictures, Pictures, list[str]]:

@@ -49,7 +49,9 @@ def draw_rounds(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def draw_kernels(path: Path, supernet: Arch, archs: dict[str, Arch]) -> None:
     """Hidden channels per block and kernel size: what the supernet had (outline) and what each ticket kept."""
-    figure, axes = plt.subplots(len(archs), 1, figsize=(9, 2.4 * len(archs)), sharex=True, layout='constrained', squeeze=False)
+    figure, axes = plt.subplots(
+        len(archs), 1, figsize=(9, 2.4 * len(archs)), sharex=True, layout='constrained', squeeze=False
+    )
     places = range(len(supernet.blocks))
     for axis, (name, arch) in zip(axes[:, 0], archs.items(), strict=True):
         bottoms = [0] * len(arch.blocks)

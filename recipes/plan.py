@@ -37,4 +37,6 @@ def due(config: Config, step: int, drawn: int) -> list[float]:
 
 def regrow_share(config: Config, step: int) -> float:
     """Share of the living weights that `regrow` trades at this step."""
-    return schedule.cosine(step, config.prune_from * config.steps, config.prune_until * config.steps, config.regrow_share)
+    return schedule.cosine(
+        step, config.prune_from * config.steps, config.prune_until * config.steps, config.regrow_share
+    )

@@ -39,8 +39,11 @@ class Report:
         self.output = Path(config.output)
         self.rows: list[dict[str, Any]] = []
         self.started = time.monotonic()
-        self._claim_folder()
-        self._bar = tqdm(total=config.steps + len(config.targets) * config.cooldown_steps, disable=not main, unit='step')
+        if main:
+            self._claim_folder()
+        self._bar = tqdm(
+            total=config.steps + len(config.targets) * config.cooldown_steps, disable=not main, unit='step'
+        )
 
     def _claim_folder(self) -> None:
         path = self.output / 'config.yaml'
@@ -56,13 +59,13 @@ class Report:
                 raise ValueError(f'output {self.output} already holds this run; resume=auto goes on with it')
         elif self.output.exists() and any(self.output.iterdir()):
             raise ValueError(f'output {self.output} holds something that is not a run; choose another output=')
-        elif self.main:
+        else:
             self.output.mkdir(parents=True, exist_ok=True)
             write_atomic(path, self.config.to_yaml().encode())
 
     def resume(self, rows: list[dict[str, Any]], steps: int) -> None:
-        """Go on after so many steps with the rows that were there."""
-        self.rows = rows
+        """Go on after so many steps with the rows that were there, save tickets that this folder does not hold."""
+        self.rows = [row for row in rows if row['name'] == TRUNK or (self.output / row['name']).exists()]
         self._bar.update(steps)
 
     def step(self, text: str) -> None:
@@ -108,7 +111,7 @@ class Report:
                 f'{row["sparse_macs"] / 1e6:.2f}', f'{row["params"]:,}', f'{row["bytes"]:,}',
                 f'{row["dense_bytes"]:,}', f'{row["top1"]:.4f}', str(row['n']),
             )  # fmt: skip
-        console = Console(soft_wrap=True)
+        console = Console(width=max(Console().width, 120), soft_wrap=True)
         console.print(table)
         console.print('import timm, timm_supertickets', highlight=False)
         for row in self.tickets:

@@ -106,7 +106,7 @@ class State:
         """Write a checkpoint, whole or not at all, and let go of all but the last two.
 
         Args:
-            accelerator: Has just prepared this state.
+            accelerator: Writes it.
             output: Folder of the run.
             rows: What the summary holds so far.
         """
@@ -114,6 +114,7 @@ class State:
         saving, path = folder / '.saving', folder / f'round_{self.round:05d}'
         if accelerator.is_main_process:
             shutil.rmtree(saving, ignore_errors=True)
+        self.prepare(accelerator)  # what was prepared last may be a fork
         accelerator.wait_for_everyone()
         accelerator.save_state(str(saving))
         if accelerator.is_main_process:
@@ -194,5 +195,7 @@ def find_checkpoint(resume: str, output: Path) -> Path | None:
     if resume == 'auto':
         return next(reversed(checkpoints(output)), None)
     if not (Path(resume) / 'state.json').is_file():
-        raise ValueError(f'resume={resume} is neither "auto" nor "never" nor a checkpoint folder such as {output / CHECKPOINTS}/round_00004')
+        raise ValueError(
+            f'resume={resume} is neither "auto" nor "never" nor a checkpoint folder such as {output / CHECKPOINTS}/round_00004'
+        )
     return Path(resume)

@@ -52,7 +52,9 @@ def main(argv: list[str]) -> None:
     config = parse(argv)
     accelerator = Accelerator()
     data = create_data(config, accelerator)
-    command = ' '.join(['accelerate launch recipes/train.py', *argv])
+    where = ('output', 'resume', 'data_dir')  # no part of what was done
+    said = [arg for arg in argv if arg.lstrip('-').partition('=')[0] not in where]
+    command = ' '.join(['accelerate launch recipes/train.py', *said])
     run = Run(config, accelerator, data, Report(config, accelerator.is_main_process), command)
     state = start(run)
     supernet, supernet_macs = getattr(state.net, 'arch', None), model_cost(state.net, data.input_size).macs

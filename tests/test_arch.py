@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+
 from timm_supertickets import Arch
 from timm_supertickets.layers import block_group
 

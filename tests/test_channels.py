@@ -2,6 +2,7 @@ import re
 
 import pytest
 import torch
+
 from timm_supertickets.channels import ChannelGroup, Member, check_keep, take
 
 

@@ -65,9 +65,7 @@ def imports(source: str, where: str, is_package: bool, known: set[str]) -> set[s
 
 def inside(names: set[str]) -> set[str]:
     """Of imported names, the package's own, by their dotted name below it."""
-    return {
-        name.removeprefix(PACKAGE).removeprefix('.') for name in names if name == PACKAGE or name[:18] == f'{PACKAGE}.'
-    }
+    return {name.removeprefix(PACKAGE).removeprefix('.') for name in names if f'{name}.'.startswith(f'{PACKAGE}.')}
 
 
 def package_graph(sources: Mapping[str, str]) -> dict[str, set[str]]:

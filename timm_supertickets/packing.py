@@ -169,8 +169,9 @@ def _inflated(name: str, data: bytes, expected: int) -> bytes:
     stream = zlib.decompressobj()
     try:
         raw = stream.decompress(data, expected)
+        more = stream.decompress(stream.unconsumed_tail, 1)  # reads the checksum, if nothing else is left
     except zlib.error as error:
         raise ValueError(f'ticket: mask of {name!r} is not readable ({error})') from None
-    if len(raw) != expected or not (stream.eof or stream.decompress(stream.unconsumed_tail, 1) == b''):
+    if len(raw) != expected or more or not stream.eof or stream.unused_data:
         raise ValueError(f'ticket: mask of {name!r} does not unpack to {expected} bytes')
     return raw

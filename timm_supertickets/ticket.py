@@ -203,7 +203,7 @@ class Ticket:
             'format': 'pt',
             'format_version': str(FORMAT_VERSION),
             'sparsity': repr(self.sparsity),
-            'alive': json.dumps({name: int(alive.sum()) for name, alive in self.mask.items()}),
+            'alive': json.dumps({name: int(alive.sum()) for name, alive in sorted(self.mask.items())}),
             'sha256': json.dumps(hashes, sort_keys=True),
             'config': json.dumps(config),
         }

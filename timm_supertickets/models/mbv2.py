@@ -25,7 +25,7 @@ Stages = tuple[tuple[int, int, int], ...]
 
 # (channels, blocks, stride of the first block) per stage
 FULL: Stages = ((16, 1, 1), (24, 2, 2), (32, 3, 2), (64, 4, 2), (96, 3, 1), (160, 3, 2), (320, 1, 1))
-TINY: Stages = ((8, 1, 1), (12, 2, 2), (16, 2, 2), (24, 2, 2), (32, 2, 2))
+TINY: Stages = ((8, 1, 1), (16, 2, 2), (16, 2, 2), (24, 2, 2), (32, 2, 2))
 
 
 class MixedMobileNetV2(EfficientNet):

@@ -100,6 +100,7 @@ def shrink_optimizer_(
     names = {id(param): name for name, param in model.named_parameters()}
     new = dict(small.named_parameters())
     state: dict[Tensor, dict[str, object]] = {}
+    kept: list[list[str]] = []
     for group in optimizer.param_groups:
         for param in group['params']:
             if id(param) not in names:
@@ -109,10 +110,11 @@ def shrink_optimizer_(
             name = names[id(param)]
             if name in new and param in optimizer.state:
                 state[new[name]] = _taken_state(name, param, optimizer.state[param], groups, keep)
-        kept = [names[id(param)] for param in group['params'] if names[id(param)] in new]
-        group['params'] = [new[name] for name in kept]
+        kept.append([names[id(param)] for param in group['params'] if names[id(param)] in new])
+    for group, left in zip(optimizer.param_groups, kept, strict=True):
+        group['params'] = [new[name] for name in left]
         if 'param_names' in group:
-            group['param_names'] = kept
+            group['param_names'] = left
     optimizer.state.clear()
     optimizer.state.update(state)
 

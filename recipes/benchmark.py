@@ -1,0 +1,171 @@
+"""Benchmark: what the parts cost on this machine, as ratios measured side by side in one process.
+
+python recipes/benchmark.py [--repeats 15] [--threads N]
+"""
+
+import argparse
+import copy
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import timm
+import timm_supertickets
+import torch
+from rich.console import Console
+from rich.table import Table
+from timm_supertickets import Mask, prunable
+from timm_supertickets.cost import channel_macs, model_cost
+from timm_supertickets.layers import MixedBlock
+from timm_supertickets.search.importance import GatePenalty, gate_importance, penalty_weights
+from timm_supertickets.search.select import select_by_budget
+from timm_supertickets.search.shrink import shrink, shrink_optimizer_
+from timm_supertickets.sparsity.prune import prune
+from timm_supertickets.sparsity.scores import magnitude
+from torch import Tensor, nn
+
+# (input channels, output channels, side, residual): blocks of supernet_mbv2 at 224x224
+BLOCKS = ((24, 24, 56, True), (32, 32, 28, True), (64, 64, 14, True), (96, 96, 14, True), (160, 160, 7, True))
+
+
+class Branches(nn.Module):
+    """The block as a sum of separate branches, one per kernel size, before one batch norm."""
+
+    def __init__(self, in_chs: int, out_chs: int, hidden: int) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(in_chs, hidden, 1, bias=False),
+                nn.BatchNorm2d(hidden),
+                nn.ReLU6(inplace=True),
+                nn.Conv2d(hidden, hidden, kernel, padding=kernel // 2, groups=hidden, bias=False),
+                nn.BatchNorm2d(hidden),
+                nn.ReLU6(inplace=True),
+                nn.Conv2d(hidden, out_chs, 1, bias=False),
+            )
+            for kernel in (3, 5, 7)
+        )
+        self.bn = nn.BatchNorm2d(out_chs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Sum of the branches, normalised, plus the input."""
+        return self.bn(sum(branch(x) for branch in self.branches)) + x
+
+
+def side_by_side(ours: Callable[[], object], theirs: Callable[[], object], repeats: int) -> tuple[float, float, float]:
+    """Median times of two functions that take turns, in seconds, and the median of the ratios of each turn."""
+    ours(), theirs()
+    pairs = []
+    for _ in range(repeats):
+        times = []
+        for function in (ours, theirs):
+            started = time.perf_counter()
+            function()
+            times.append(time.perf_counter() - started)
+        pairs.append(times)
+    a, b = zip(*pairs, strict=True)
+    return statistics.median(a), statistics.median(b), statistics.median(x / y for x, y in pairs)
+
+
+def training_step(net: nn.Module, images: Tensor) -> Callable[[], None]:
+    """Forward and backward of a block."""
+
+    def step() -> None:
+        net.zero_grad()
+        net(images).sum().backward()
+
+    return step
+
+
+def bench_blocks(repeats: int) -> list[tuple[str, float, float, float]]:
+    """The fused block against separate branches, in training (batch 32) and inference (batch 1)."""
+    rows = []
+    totals = {'train': [0.0, 0.0], 'inference': [0.0, 0.0]}
+    for in_chs, out_chs, side, skip in BLOCKS:
+        hidden = 4 * in_chs
+        fused = MixedBlock(in_chs, out_chs, dict.fromkeys((3, 5, 7), hidden), skip=skip)
+        branches = Branches(in_chs, out_chs, hidden)
+        images = torch.randn(32, in_chs, side, side)
+        a, b, ratio = side_by_side(training_step(fused, images), training_step(branches, images), repeats)
+        rows.append((f'block {in_chs} at {side}x{side}: fused / branches, train, batch 32', a, b, ratio))
+        totals['train'] = [totals['train'][0] + a, totals['train'][1] + b]
+        fused.eval(), branches.eval()
+        one = images[:1].clone()
+        with torch.inference_mode():
+            a, b, ratio = side_by_side(lambda: fused(one), lambda: branches(one), 4 * repeats)  # noqa: B023
+        rows.append((f'block {in_chs} at {side}x{side}: fused / branches, inference, batch 1', a, b, ratio))
+        totals['inference'] = [totals['inference'][0] + a, totals['inference'][1] + b]
+    for name, (a, b) in totals.items():
+        rows.append((f'all {len(BLOCKS)} blocks: fused / branches, {name}', a, b, a / b))
+    return rows
+
+
+def bench_step(repeats: int) -> list[tuple[str, float, float, float]]:
+    """A whole step with penalty and mask against a plain one; events in units of plain steps. Batch 64, 64x64."""
+    size = (3, 64, 64)
+    net = timm.create_model('supernet_mbv2', num_classes=10)
+    plain = copy.deepcopy(net)
+    images, labels = torch.randn(64, *size), torch.randint(10, (64,))
+    optimizer, plain_optimizer = (torch.optim.SGD(n.parameters(), lr=1e-3, momentum=0.9) for n in (net, plain))
+    mask: Mask = prune(magnitude(net), 0.8)
+    groups = net.channel_groups()
+    cost = model_cost(net, size)
+    macs = channel_macs(groups, cost)
+    penalty = GatePenalty(net, penalty_weights(macs))
+
+    def step(model: nn.Module, opt: torch.optim.Optimizer, masked: bool) -> None:
+        opt.zero_grad()
+        loss = nn.functional.cross_entropy(model(images), labels)
+        (loss + 1e-4 * penalty() if masked else loss).backward()
+        if masked:
+            mask.zero_grads_(model)
+        opt.step()
+        if masked:
+            mask.zero_weights_(model)
+
+    def prune_event() -> None:
+        prune(magnitude(net), 0.9)
+
+    def shrink_event() -> None:
+        keep = select_by_budget(groups, gate_importance(net, groups), macs, cost.macs, 0.5 * cost.macs)
+        small, mover = shrink(net, keep), copy.copy(optimizer)
+        mover.param_groups = [{**group} for group in optimizer.param_groups]
+        mover.state = optimizer.state.copy()
+        shrink_optimizer_(mover, net, small, groups, keep)
+
+    rows = []
+    a, b, ratio = side_by_side(lambda: step(net, optimizer, True), lambda: step(plain, plain_optimizer, False), repeats)
+    rows.append(('supernet_mbv2, batch 64: step with penalty and mask / plain step', a, b, ratio))
+    weights = sum(p.numel() for p in prunable(net).values())
+    for name, event in (
+        (f'prune event, {weights:,} weights', prune_event),
+        ('search and shrink event to half the MACs', shrink_event),
+    ):
+        a, b, ratio = side_by_side(event, lambda: step(plain, plain_optimizer, False), max(3, repeats // 3))
+        rows.append((f'{name} / plain step', a, b, ratio))
+    return rows
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or '').splitlines()[0])
+    parser.add_argument('--repeats', type=int, default=15, help='turns that each pair takes')
+    parser.add_argument('--threads', type=int, default=torch.get_num_threads(), help='threads of torch')
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    rows = bench_blocks(args.repeats) + bench_step(args.repeats)
+    table = Table(
+        title=f'timm_supertickets {timm_supertickets.__version__}, torch {torch.__version__}, '
+        f'{platform.machine()}, {args.threads} threads, medians of {args.repeats} turns'
+    )
+    for column in ('what', 'ms', 'against ms', 'ratio'):
+        table.add_column(column, justify='left' if column == 'what' else 'right')
+    for name, a, b, ratio in rows:
+        table.add_row(name, f'{1e3 * a:.2f}', f'{1e3 * b:.2f}', f'{ratio:.3f}')
+    Console(width=120).print(table)
+
+
+if __name__ == '__main__':
+    main()

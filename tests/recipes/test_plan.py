@@ -1,0 +1,50 @@
+import plan
+import pytest
+from config import Config
+
+
+def test_trunk_passes_every_target_once():
+    config = Config(rounds=16, round_steps=40, targets=[0.5, 0.8, 0.9])
+    drawn, at = 0, []
+    for step in range(40, 641, 40):
+        reached = plan.due(config, step, drawn)
+        drawn += len(reached)
+        at += [(step, target) for target in reached]
+    # 0.9 (1 - (1 - t)^3) reaches 0.5 at t = 0.237, 0.8 at t = 0.519, 0.9 at t = 1
+    assert at == [(160, 0.5), (360, 0.8), (640, 0.9)]
+
+
+def test_one_event_draws_all_targets_that_it_jumps_over():
+    config = Config(rounds=1, round_steps=40, targets=[0.1, 0.5, 0.9])
+    assert plan.due(config, 40, 0) == [0.1, 0.5, 0.9]
+
+
+def test_equal_steps_reach_the_last_target_in_equal_rises():
+    config = Config(rounds=10, round_steps=5, targets=[0.9], schedule='steps', prune_from=0.1)
+    rises = [plan.sparsity(config, step) for step in range(0, 51, 5)]
+    assert rises == pytest.approx([0, 0] + [0.1 * i for i in range(1, 10)])
+
+
+def test_search_spends_its_budget_by_its_end():
+    config = Config(rounds=10, round_steps=10, budget=0.4, search_until=0.5)
+    assert plan.budget(config, 0) == 1
+    assert plan.budget(config, 25) == pytest.approx(0.4 + 0.6 * 0.5**3)
+    assert plan.budget(config, 50) == 0.4
+    assert plan.searching(config, 50)
+    assert not plan.searching(config, 51)
+
+
+def test_penalty_rises_and_ends_with_the_search():
+    config = Config(rounds=10, round_steps=10, penalty=2.0, penalty_warmup=0.2, search_until=0.5)
+    assert [plan.penalty(config, step) for step in (0, 10, 20, 50, 51)] == [0, 1, 2, 2, 0]
+
+
+def test_no_search_no_penalty():
+    config = Config(search='none', penalty=1.0)
+    assert not plan.searching(config, 1)
+    assert plan.penalty(config, 100) == 0
+
+
+def test_regrowing_ends_with_pruning():
+    config = Config(rounds=10, round_steps=10, regrow_share=0.4, prune_until=0.8)
+    assert [plan.regrow_share(config, step) for step in (0, 40, 80, 100)] == pytest.approx([0.4, 0.2, 0, 0])

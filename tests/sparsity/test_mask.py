@@ -1,0 +1,245 @@
+import copy
+
+import pytest
+import timm
+import torch
+from timm.layers import ScaledStdConv2d, StdConv2d
+from torch import nn
+from torch.nn.utils import clip_grad_norm_
+
+from timm_supertickets import Mask, prunable
+from timm_supertickets.sparsity.prune import prune
+from timm_supertickets.sparsity.scores import magnitude
+
+
+def net(conv=nn.Conv2d, linear=nn.Linear):
+    torch.manual_seed(0)
+    return nn.Sequential(
+        conv(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
+        conv(8, 8, 3, padding=1, groups=4), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Flatten(), linear(8 * 16, 10),
+    )  # fmt: skip
+
+
+class MaskedConv2d(nn.Conv2d):
+    """The reference: the dead weights never enter the computation, so nothing reaches them."""
+
+    alive = 1.0
+
+    def forward(self, x):
+        return self._conv_forward(x, self.weight * self.alive, self.bias)
+
+
+class MaskedLinear(nn.Linear):
+    alive = 1.0
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight * self.alive, self.bias)
+
+
+OPTIMIZERS = {
+    'sgd': lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9, weight_decay=0.01),
+    'nesterov': lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
+    'adamw': lambda params: torch.optim.AdamW(params, lr=0.01, weight_decay=0.1),
+}
+
+
+def train(model, optimizer, steps, before_clip=None, after_step=None, clip=0.02):
+    data = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        x = torch.randn(16, 3, 4, 4, generator=data)
+        target = torch.randint(10, (16,), generator=data)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), target).backward()
+        if before_clip:
+            before_clip(model)
+        if clip:
+            norm = clip_grad_norm_(model.parameters(), clip)
+            assert norm > clip  # so that clipping has a say
+        optimizer.step()
+        if after_step:
+            after_step(model)
+
+
+def reference(mask, name, steps):
+    model = net(MaskedConv2d, MaskedLinear)
+    for parameter, alive in mask.items():
+        model.get_submodule(parameter.removesuffix('.weight')).alive = alive
+    train(model, OPTIMIZERS[name](model.parameters()), steps)
+    state = model.state_dict()
+    return {key: value * mask[key] if key in mask else value for key, value in state.items()}
+
+
+@pytest.mark.parametrize('name', OPTIMIZERS)
+def test_masked_training_equals_masked_layers_bit_for_bit(name):
+    model = net()
+    mask = prune(magnitude(model), 0.7)
+    mask.zero_weights_(model)
+    train(model, OPTIMIZERS[name](model.parameters()), 30, mask.zero_grads_, mask.zero_weights_)
+    expected = reference(mask, name, 30)
+    assert model.state_dict().keys() == expected.keys()
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, expected[key]), key
+
+
+@pytest.mark.parametrize('name', OPTIMIZERS)
+def test_masking_only_the_weights_is_another_trajectory(name):
+    # the dead gradients shrink the living ones through the clipping: why the test above can fail
+    model = net()
+    mask = prune(magnitude(model), 0.7)
+    mask.zero_weights_(model)
+    train(model, OPTIMIZERS[name](model.parameters()), 30, None, mask.zero_weights_)
+    assert not torch.equal(model[0].weight, reference(mask, name, 30)['0.weight'])
+
+
+def test_masking_once_lets_momentum_revive_the_dead():
+    model = net()
+    optimizer = OPTIMIZERS['sgd'](model.parameters())
+    train(model, optimizer, 3)
+    mask = prune(magnitude(model), 0.7)
+    mask.zero_weights_(model)
+    train(model, optimizer, 1, mask.zero_grads_)
+    assert all((dict(model.named_parameters())[name][~alive] != 0).any() for name, alive in mask.items())
+
+
+@pytest.mark.parametrize('name', OPTIMIZERS)
+def test_nothing_dead_revives_in_50_steps(name):
+    model = net()
+    optimizer = OPTIMIZERS[name](model.parameters())
+    train(model, optimizer, 3)  # momentum for everything, the dead-to-be included
+    mask = prune(magnitude(model), 0.8)
+    mask.zero_weights_(model)
+    before = copy.deepcopy(model.state_dict())
+    train(model, optimizer, 50, mask.zero_grads_, mask.zero_weights_)
+    for key, alive in mask.items():
+        weight = model.state_dict()[key]
+        assert not weight[~alive].any()
+        assert (weight[alive] != before[key][alive]).any()
+
+
+def test_momentum_survives_masking():
+    weight = nn.Parameter(torch.tensor([[1.0, 2.0]]))
+    model = nn.ParameterDict({'w': weight})
+    optimizer = torch.optim.SGD([weight], lr=0.5, momentum=0.5)
+    weight.grad = torch.tensor([[4.0, 8.0]])
+    optimizer.step()
+    assert weight.tolist() == [[-1.0, -2.0]]
+    mask = Mask({'w': torch.tensor([[True, False]])})
+    mask.zero_weights_(model)
+    assert optimizer.state[weight]['momentum_buffer'].tolist() == [[4.0, 8.0]]
+    weight.grad = torch.tensor([[2.0, 6.0]])
+    mask.zero_grads_(model)
+    assert weight.grad.tolist() == [[2.0, 0.0]]
+    optimizer.step()
+    mask.zero_weights_(model)
+    # momentum 0.5 * 4 + 2 = 4, so -1 - 0.5 * 4
+    assert weight.tolist() == [[-3.0, 0.0]]
+
+
+def test_a_timm_state_dict_loads_strictly_before_and_after_masking():
+    torch.manual_seed(0)
+    stock = timm.create_model('resnet18', num_classes=4)
+    model = timm.create_model('resnet18', num_classes=4)
+    model.load_state_dict(stock.state_dict(), strict=True)
+    mask = prune(magnitude(model), 0.5)
+    mask.zero_weights_(model)
+    assert list(model.state_dict()) == list(stock.state_dict())
+    fresh = timm.create_model('resnet18', num_classes=4)
+    fresh.load_state_dict(model.state_dict(), strict=True)
+    model.load_state_dict(stock.state_dict(), strict=True)
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(model.eval()(x), stock.eval()(x))
+    assert not torch.equal(fresh.eval()(x), stock(x))
+
+
+def test_zeroing_leaves_unmasked_tensors_and_missing_gradients_alone():
+    model = net()
+    before = copy.deepcopy(model.state_dict())
+    mask = Mask({'0.weight': torch.zeros(8, 3, 3, 3, dtype=torch.bool)})
+    mask.zero_grads_(model)
+    assert all(param.grad is None for param in model.parameters())
+    mask.zero_weights_(model)
+    changed = [key for key, value in model.state_dict().items() if not torch.equal(value, before[key])]
+    assert changed == ['0.weight']
+    Mask().zero_weights_(model)
+
+
+def test_counts_by_hand():
+    mask = Mask({'a': torch.tensor([[True, False], [False, False]]), 'b': torch.ones(4, dtype=torch.bool)})
+    assert (mask.total, mask.alive, mask.sparsity) == (8, 5, 0.375)
+    assert Mask().sparsity == 0
+
+
+def test_dense_masks_nothing():
+    mask = Mask.dense(prunable(net()))
+    assert {name: tuple(alive.shape) for name, alive in mask.items()} == {
+        '0.weight': (8, 3, 3, 3), '3.weight': (8, 2, 3, 3), '7.weight': (10, 128),
+    }  # fmt: skip
+    assert mask.alive == mask.total == 216 + 144 + 1280
+    assert all(alive.dtype == torch.bool for alive in mask.values())
+
+
+def test_from_zeros_takes_the_zero_pattern_of_weights():
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2), nn.Linear(2, 2))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[0.0, 1.0, 0.0], [2.0, -0.0, 3.0]]))
+        model[0].bias.copy_(torch.tensor([0.0, 1.0]))
+        model[1].weight.zero_()
+        model[2].weight.fill_(1)
+    mask = Mask.from_zeros(model)
+    assert list(mask) == ['0.weight']
+    assert mask['0.weight'].tolist() == [[False, True, False], [True, False, True]]
+
+
+@pytest.mark.parametrize(
+    ('mask', 'message'),
+    [
+        ({'1.weight': torch.ones(2, 2).bool()}, "'1.weight', which Sequential has not; it has 0.weight"),
+        ({'0.weight': torch.ones(2, 2)}, r"'0.weight' must be torch.bool, got torch.float32"),
+        ({'0.weight': torch.ones(4).bool()}, r"'0.weight' has shape \(4,\), the parameter \(2, 2\)"),
+    ],
+)
+def test_a_mask_that_does_not_fit_is_refused(mask, message):
+    with pytest.raises(ValueError, match=message):
+        Mask(mask).check(nn.Sequential(nn.Linear(2, 2)))
+
+
+def test_prunable_of_a_resnet_is_all_convolutions_but_the_stem():
+    model = timm.create_model('resnet18')
+    convs = {f'{n}.weight' for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+    assert set(prunable(model)) == convs - {'conv1.weight'}
+    assert len(convs) == 20
+    assert all(prunable(model)[name] is param for name, param in model.named_parameters() if name in prunable(model))
+
+
+def test_prunable_of_a_transformer_is_its_linear_layers():
+    model = timm.create_model('test_vit')
+    names = set(prunable(model))
+    blocks = len(model.blocks)
+    inner = ('attn.qkv', 'attn.proj', 'mlp.fc1', 'mlp.fc2')
+    assert names == {f'blocks.{i}.{part}.weight' for i in range(blocks) for part in inner}
+
+
+def test_prunable_leaves_out_what_is_restandardised():
+    model = timm.create_model('test_nfnet')
+    kinds = {name: type(model.get_submodule(name.removesuffix('.weight'))) for name in prunable(model)}
+    assert any(isinstance(m, ScaledStdConv2d) for m in model.modules())
+    assert kinds
+    assert not any(issubclass(kind, (StdConv2d, ScaledStdConv2d)) for kind in kinds.values())
+    tiny = nn.Sequential(StdConv2d(2, 4, 3), nn.Conv2d(4, 4, 1), ScaledStdConv2d(4, 4, 3))
+    assert list(prunable(tiny)) == ['1.weight']
+
+
+def test_restandardised_zeros_would_not_stay_zero():
+    # why they are left out: half of the weights are zero, yet the output depends on all of the inputs
+    conv = StdConv2d(4, 1, 1)
+    with torch.no_grad():
+        conv.weight.copy_(torch.tensor([1.0, 2.0, 0.0, 0.0]).view(1, 4, 1, 1))
+        quiet = conv(torch.zeros(1, 4, 1, 1))
+        assert not torch.allclose(conv(torch.tensor([0.0, 0.0, 5.0, 5.0]).view(1, 4, 1, 1)), quiet)
+
+
+def test_prunable_of_an_mbv2_supernet():
+    model = timm.create_model('supernet_mbv2_tiny')
+    convs = {f'{n}.weight' for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+    assert set(prunable(model)) == convs - {'conv_stem.weight', 'classifier.weight'}

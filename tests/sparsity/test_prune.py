@@ -1,0 +1,235 @@
+import random
+
+import pytest
+import torch
+
+from timm_supertickets.sparsity.mask import Mask
+from timm_supertickets.sparsity.prune import prune
+
+
+def lowest(scores, dead, floor=1, within=None):
+    """Who dies, by sorting plain numbers: `{name: set of flat positions}`."""
+    ranked = []
+    for order, (name, score) in enumerate(scores.items()):
+        flat = score.flatten().tolist()
+        living = [i for i in range(len(flat)) if within is None or within[name].flatten()[i]]
+        best = sorted(living, key=lambda i: (flat[i], i))[max(0, len(living) - floor) :]
+        for i in range(len(flat)):
+            group = 0 if i not in living else 2 if i in best else 1
+            ranked.append((group, flat[i], order, i, name))
+    died = {name: set() for name in scores}
+    for _, _, _, i, name in sorted(ranked)[:dead]:
+        died[name].add(i)
+    return died
+
+
+def dead_in(mask):
+    return {name: set((~alive).flatten().nonzero().flatten().tolist()) for name, alive in mask.items()}
+
+
+def count(mask):
+    return sum(len(died) for died in dead_in(mask).values())
+
+
+def random_scores(seed, values=6):
+    # few values, hence many ties; sizes down to a single weight
+    rng = random.Random(seed)
+    shapes = [tuple(rng.randint(1, 5) for _ in range(rng.choice([1, 2, 4]))) for _ in range(rng.randint(1, 6))]
+    torch.manual_seed(seed)
+    return {f'layer{i}.weight': torch.randint(values, shape) for i, shape in enumerate(shapes)}
+
+
+@pytest.mark.parametrize('seed', range(40))
+def test_global_scope_equals_sorting(seed):
+    scores = random_scores(seed)
+    total = sum(score.numel() for score in scores.values())
+    rng = random.Random(seed)
+    for floor in (0, 1, 2):
+        room = sum(max(0, score.numel() - floor) for score in scores.values())
+        for dead in {0, room, rng.randint(0, room), rng.randint(0, room)} - {total}:
+            mask = prune(scores, dead / total, floor=floor)
+            assert dead_in(mask) == lowest(scores, dead, floor)
+            assert {n: m.shape for n, m in mask.items()} == {n: s.shape for n, s in scores.items()}
+
+
+@pytest.mark.parametrize('seed', range(40))
+def test_tensor_scope_equals_sorting_each_tensor(seed):
+    scores = random_scores(seed)
+    total = sum(score.numel() for score in scores.values())
+    room = sum(score.numel() - 1 for score in scores.values())
+    for sparsity in (0.0, 0.25, 0.5, 0.77, room / total):
+        dead = round(sparsity * total)
+        if dead > room:
+            continue
+        died = dead_in(prune(scores, sparsity, scope='tensor'))
+        assert sum(map(len, died.values())) == dead
+        for name, score in scores.items():
+            assert died[name] == lowest({name: score}, len(died[name]))[name]
+
+
+@pytest.mark.parametrize('seed', range(10))
+def test_tensor_scope_gives_every_tensor_its_share(seed):
+    torch.manual_seed(seed)
+    scores = {str(i): torch.randint(9, (10 + 7 * i,)) for i in range(6)}
+    total = sum(score.numel() for score in scores.values())
+    for sparsity in (0.1, 0.5, 0.83):
+        died = dead_in(prune(scores, sparsity, scope='tensor'))
+        assert sum(map(len, died.values())) == round(sparsity * total)
+        assert all(abs(len(died[name]) - sparsity * scores[name].numel()) < 1 for name in scores)
+
+
+@pytest.mark.parametrize('seed', range(30))
+@pytest.mark.parametrize('scope', ['global', 'tensor'])
+def test_within_a_mask_equals_sorting(seed, scope):
+    scores = random_scores(seed)
+    total = sum(score.numel() for score in scores.values())
+    within = prune({name: torch.rand(score.shape) for name, score in scores.items()}, 0.3, floor=0)
+    room = sum(max(0, int(alive.sum()) - 1) for alive in within.values())
+    gone = count(within)
+    for dead in {gone, gone + room // 2, gone + room} - {total}:
+        mask = prune(scores, dead / total, scope=scope, within=within)
+        died = dead_in(mask)
+        assert count(mask) == dead
+        assert not any((mask[name] & ~within[name]).any() for name in mask)
+        if scope == 'global':
+            assert died == lowest(scores, dead, within=within)
+        for name in scores:
+            assert died[name] == lowest({name: scores[name]}, len(died[name]), within=within)[name]
+
+
+@pytest.mark.parametrize('scope', ['global', 'tensor'])
+@pytest.mark.parametrize('sparsity', [0.0, 0.005, 0.123, 0.5, 0.9, 0.987])
+def test_exactly_so_many_die_when_all_scores_are_equal(scope, sparsity):
+    scores = {'a': torch.ones(31, 7), 'b': torch.ones(400), 'c': torch.ones(3, 5, 2, 2)}
+    assert count(prune(scores, sparsity, scope=scope)) == round(sparsity * 677)
+
+
+def test_among_ties_the_first_die_first():
+    scores = {'a': torch.zeros(4), 'b': torch.zeros(4)}
+    mask = prune(scores, 5 / 8)
+    # a: three of four, the last is its floor; b: two
+    assert mask['a'].tolist() == [False, False, False, True]
+    assert mask['b'].tolist() == [False, False, True, True]
+    assert prune(scores, 5 / 8, floor=0)['a'].tolist() == [False] * 4
+
+
+def test_by_hand():
+    scores = {'a': torch.tensor([[5.0, 1.0], [2.0, 8.0]]), 'b': torch.tensor([0.1, 0.2, 0.3, 0.4])}
+    mask = prune(scores, 0.5)
+    assert mask['a'].tolist() == [[True, False], [True, True]]
+    assert mask['b'].tolist() == [False, False, False, True]
+    mask = prune(scores, 0.5, scope='tensor')
+    assert mask['a'].tolist() == [[True, False], [False, True]]
+    assert mask['b'].tolist() == [False, False, True, True]
+
+
+def test_no_tensor_is_emptied():
+    scores = {'weak': torch.full((10,), 1e-9), 'strong': torch.arange(90.0) + 1}
+    assert prune(scores, 0.5)['weak'].sum() == 1
+    assert prune(scores, 0.5, floor=4)['weak'].sum() == 4
+    assert prune(scores, 0.5, floor=40)['weak'].sum() == 10
+    assert not prune(scores, 0.5, floor=0)['weak'].any()
+
+
+def test_sparsity_zero_kills_nothing_and_nearly_one_all_but_the_floor():
+    scores = {'a': torch.rand(50, 10), 'b': torch.rand(500)}
+    assert count(prune(scores, 0)) == 0
+    mask = prune(scores, 0.998)
+    assert count(mask) == 998
+    assert all(mask[name].flatten().nonzero().item() == scores[name].argmax().item() for name in scores)
+
+
+def test_rounds_as_python_does():
+    assert count(prune({'a': torch.rand(10)}, 0.25)) == round(2.5) == 2
+    assert count(prune({'a': torch.rand(10)}, 0.35)) == round(3.5) == 4
+
+
+def test_double_scores_are_compared_as_doubles():
+    scores = {'a': torch.tensor([1 + 1e-12, 1.0, 1e300], dtype=torch.float64)}
+    assert prune(scores, 1 / 3)['a'].tolist() == [True, False, True]
+    assert prune(scores, 2 / 3)['a'].tolist() == [False, False, True]
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.int64])
+def test_scores_of_other_dtypes(dtype):
+    assert prune({'a': torch.tensor([3, 1, 2, 4]).to(dtype)}, 0.5)['a'].tolist() == [True, False, False, True]
+
+
+def test_within_never_revives_a_tensor_that_is_dead_already():
+    within = Mask({'a': torch.tensor([False, False]), 'b': torch.ones(8, dtype=torch.bool)})
+    mask = prune({'a': torch.tensor([9.0, 9.0]), 'b': torch.arange(8.0)}, 0.5, within=within)
+    assert not mask['a'].any()
+    assert mask['b'].tolist() == [False] * 3 + [True] * 5
+
+
+def test_tensor_scope_leaves_a_small_tensor_its_floor():
+    # 0.95 * 9 would round to all nine weights of a depthwise channel
+    mask = prune({'small': torch.arange(9.0), 'large': torch.arange(100.0)}, 0.95, scope='tensor')
+    assert mask['small'].tolist() == [False] * 8 + [True]
+    assert count(mask) == round(0.95 * 109)
+
+
+@pytest.mark.parametrize('scope', ['global', 'tensor'])
+def test_step_by_step_within_the_mask_before_never_fails(scope):
+    # small steps at the end of a schedule shift the rounding between tensors
+    torch.manual_seed(0)
+    scores = {str(i): torch.rand(5 + 3 * i) for i in range(8)}
+    total = sum(score.numel() for score in scores.values())
+    mask = Mask.dense(scores)
+    for sparsity in [0.5 + 0.003 * i for i in range(120)]:
+        after = prune(scores, sparsity, scope=scope, within=mask)
+        assert count(after) == round(sparsity * total)
+        assert not any((after[name] & ~mask[name]).any() for name in scores)
+        mask = after
+
+
+def test_scores_and_mask_are_left_alone():
+    scores = {'a': torch.tensor([3.0, 1.0, 2.0])}
+    within = Mask({'a': torch.tensor([True, True, False])})
+    prune(scores, 0.5, within=within)
+    assert scores['a'].tolist() == [3, 1, 2]
+    assert within['a'].tolist() == [True, True, False]
+
+
+SCORES = {'a': torch.arange(4.0), 'b': torch.arange(4.0)}
+
+
+@pytest.mark.parametrize('sparsity', [-0.1, 1.0, 1.5, float('nan')])
+def test_sparsity_out_of_range_is_refused(sparsity):
+    with pytest.raises(ValueError, match=rf'sparsity must be in \[0, 1\), got {sparsity}'):
+        prune(SCORES, sparsity)
+
+
+def test_unknown_scope_is_refused_with_the_choices():
+    with pytest.raises(ValueError, match="'layer' is unknown; choose from global, tensor"):
+        prune(SCORES, 0.5, scope='layer')
+
+
+@pytest.mark.parametrize('bad', [float('nan'), float('inf'), -float('inf')])
+def test_scores_that_are_not_finite_are_refused(bad):
+    with pytest.raises(ValueError, match="scores of 'b' are not finite"):
+        prune({**SCORES, 'b': torch.tensor([1.0, bad])}, 0.5)
+
+
+def test_no_scores_are_refused():
+    with pytest.raises(ValueError, match='nothing to prune'):
+        prune({}, 0.5)
+
+
+@pytest.mark.parametrize('scope', ['global', 'tensor'])
+def test_more_than_may_die_is_refused(scope):
+    with pytest.raises(ValueError, match=r'7 weights should die .* only 6'):
+        prune(SCORES, 7 / 8, scope=scope)
+
+
+@pytest.mark.parametrize('scope', ['global', 'tensor'])
+def test_a_target_below_what_is_dead_is_refused(scope):
+    within = prune(SCORES, 0.75)
+    with pytest.raises(ValueError, match=r'6 .*dead already'):
+        prune(SCORES, 0.5, scope=scope, within=within)
+
+
+@pytest.mark.parametrize('within', [{}, {'a': torch.ones(4).bool(), 'b': torch.ones(2, 2).bool()}])
+def test_a_mask_for_other_tensors_is_refused(within):
+    with pytest.raises(ValueError, match=r"no entry of shape \(4,\) for '[ab]'"):
+        prune(SCORES, 0.5, within=Mask(within))

@@ -1,0 +1,744 @@
+import contextlib
+import copy
+import json
+import math
+import struct
+import subprocess
+import sys
+import zlib
+
+import pytest
+import safetensors
+import safetensors.torch
+import timm
+import torch
+from torch import nn
+
+from timm_supertickets import Arch, Mask, Ticket, load_ticket, prunable
+from timm_supertickets.packing import DIGEST
+from timm_supertickets.sparsity.prune import prune
+from timm_supertickets.sparsity.scores import magnitude
+
+FACTS = {'dataset': 'none', 'top1': 0.5, 'seeds': [0, 1], 'nested': {'ü': None}}
+MICRO = {
+    'space': 'mbv2',
+    'shape': {'stem': 8, 'stages': [[8, 1, 1], [8, 2, 2]], 'head': 16},
+    'blocks': [{'3': 6, '7': 2}, {'3': 4, '5': 4}, {'5': 8}],
+}
+
+
+def settled(model):
+    """Statistics and gates that differ from channel to channel, as after training."""
+    torch.manual_seed(1)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor in (module.weight.data, module.running_var):
+                tensor.uniform_(0.5, 1.5)
+            for tensor in (module.bias.data, module.running_mean):
+                tensor.normal_(0, 0.1)
+    return model
+
+
+def draw(name='supernet_mbv2_tiny', sparsity=0.9, facts=FACTS, **kwargs):
+    torch.manual_seed(0)
+    model = settled(timm.create_model(name, **kwargs))
+    return Ticket.draw(model, prune(magnitude(model), sparsity), facts=facts)
+
+
+@pytest.fixture(scope='module')
+def ticket():
+    return draw()
+
+
+@pytest.fixture(scope='module')
+def packed_folder(ticket, tmp_path_factory):
+    return ticket.save(tmp_path_factory.mktemp('packed') / 'ticket')
+
+
+@pytest.fixture(scope='module')
+def dense_folder(ticket, tmp_path_factory):
+    return ticket.save(tmp_path_factory.mktemp('dense') / 'ticket', dense=True)
+
+
+@pytest.fixture
+def micro(tmp_path):
+    return draw('superticket_mbv2', 0.5, arch=MICRO, num_classes=3).save(tmp_path / 'micro')
+
+
+@pytest.fixture(scope='module')
+def stock(tmp_path_factory):
+    ticket = draw('resnet18', 0.8, num_classes=4)
+    return ticket, ticket.save(tmp_path_factory.mktemp('stock') / 'ticket')
+
+
+def create(folder, **kwargs):
+    return timm.create_model(f'local-dir:{folder}', pretrained=True, **kwargs).eval()
+
+
+def read_bits(folder):
+    """Per masked tensor of a packed file the number of ones in its bits, read without this package."""
+    ones = {}
+    with safetensors.safe_open(folder / 'ticket.safetensors', framework='np') as file:
+        for name in file.keys():  # noqa: SIM118
+            if name.endswith('.bits'):
+                bits = file.get_tensor(name).tobytes()
+                if bits[:1] == b'\x78':  # a stream of zlib, if it is one
+                    with contextlib.suppress(zlib.error):
+                        bits = zlib.decompress(bits)
+                ones[name.removesuffix('.bits')] = int.from_bytes(bits, 'little').bit_count()
+    return ones
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def edit_config(folder, **changes):
+    config = json.loads((folder / 'config.json').read_text())
+    for key, value in changes.items():
+        config[key] = {**config[key], **value} if isinstance(value, dict) and key in config else value
+    (folder / 'config.json').write_text(json.dumps(config))
+
+
+def test_sparsity_is_exact_everywhere(ticket, packed_folder, dense_folder):
+    shapes = {name: param.shape for name, param in prunable(timm.create_model('supernet_mbv2_tiny')).items()}
+    total = sum(shape.numel() for shape in shapes.values())
+    dead = round(0.9 * total)
+    assert ticket.sparsity == pytest.approx(dead / total, abs=1e-12)
+    # in memory
+    assert sum(int((~alive).sum()) for alive in ticket.mask.values()) == dead
+    assert sum(int((ticket.weights[name] == 0).sum()) for name in shapes) == dead
+    # in the packed file
+    ones = read_bits(packed_folder)
+    assert ones.keys() == shapes.keys()
+    assert sum(ones.values()) == total - dead
+    with safetensors.safe_open(packed_folder / 'ticket.safetensors', framework='pt') as file:
+        assert sum(file.get_slice(f'{name}.values').get_shape()[0] for name in shapes) == total - dead
+    # in the dense file
+    dense = safetensors.torch.load_file(dense_folder / 'model.safetensors')
+    assert sum(int((dense[name] == 0).sum()) for name in shapes) == dead
+    # in the model
+    for folder in (packed_folder, dense_folder):
+        created = prunable(create(folder))
+        assert sum(int((created[name] == 0).sum()) for name in shapes) == dead
+
+
+def test_the_drawn_ticket_is_the_model(ticket):
+    torch.manual_seed(0)
+    model = settled(timm.create_model('supernet_mbv2_tiny')).eval()
+    ticket.mask.zero_weights_(model)
+    built = ticket.build()
+    assert same(dict(model.state_dict()), dict(built.state_dict()))
+    assert not built.training
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(model(x), built(x))
+    assert built.arch == model.arch == ticket.arch
+
+
+def test_drawing_leaves_the_model_alone():
+    model = timm.create_model('supernet_mbv2_tiny')
+    before = copy.deepcopy(model.state_dict())
+    mask = prune(magnitude(model), 0.5)
+    ticket = Ticket.draw(model, mask)
+    assert same(dict(before), dict(model.state_dict()))
+    for tensor in model.state_dict().values():
+        tensor.zero_()
+    assert same(ticket.weights, {n: t * mask[n] if n in mask else t for n, t in before.items()})
+    mask['blocks.0.0.conv_pw.weight'].fill_(False)
+    assert ticket.sparsity == pytest.approx(0.5, abs=1e-4)
+
+
+def test_packed_dense_and_built_are_the_same_to_the_bit(ticket, packed_folder, dense_folder):
+    models = [create(packed_folder), create(dense_folder), ticket.build()]
+    assert (dense_folder / 'model.safetensors').exists()
+    assert not (packed_folder / 'model.safetensors').exists()
+    for model in models:
+        assert same(ticket.weights, dict(model.state_dict()))
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(models[0](x), models[1](x))
+    assert torch.equal(models[0](x), models[2](x))
+
+
+@pytest.mark.parametrize('part', ['', 'ticket.safetensors', 'model.safetensors'])
+def test_load_from_a_folder_and_from_either_file(ticket, dense_folder, part):
+    loaded = load_ticket(dense_folder / part)
+    assert same(loaded.weights, ticket.weights)
+    assert same(loaded.mask, ticket.mask)
+    assert loaded.arch == ticket.arch
+    assert loaded.facts == ticket.facts == FACTS
+    assert loaded.pretrained_cfg == ticket.pretrained_cfg
+    assert loaded.sparsity == ticket.sparsity
+    assert isinstance(loaded.mask, Mask)
+
+
+def test_load_from_a_folder_that_holds_the_dense_file_alone(ticket, dense_folder, tmp_path):
+    for name in ('config.json', 'model.safetensors'):
+        (tmp_path / name).write_bytes((dense_folder / name).read_bytes())
+    loaded = load_ticket(tmp_path)
+    assert same(loaded.weights, ticket.weights)
+    assert same(loaded.mask, ticket.mask)
+
+
+def test_saving_twice_gives_the_same_bytes(ticket, dense_folder, tmp_path):
+    load_ticket(dense_folder).save(tmp_path / 'again', dense=True)
+    names = sorted(path.name for path in dense_folder.iterdir())
+    assert names == ['config.json', 'model.safetensors', 'ticket.safetensors']
+    for name in names:
+        assert (tmp_path / 'again' / name).read_bytes() == (dense_folder / name).read_bytes()
+    ticket.save(dense_folder, dense=True)
+    for name in names:
+        assert (tmp_path / 'again' / name).read_bytes() == (dense_folder / name).read_bytes()
+
+
+def test_the_stale_dense_file_goes(ticket, tmp_path):
+    folder = ticket.save(tmp_path / 'ticket', dense=True)
+    ticket.save(folder)
+    assert sorted(path.name for path in folder.iterdir()) == ['config.json', 'ticket.safetensors']
+
+
+def test_packed_is_at_most_0_16_of_dense_at_s90_in_fp32(ticket, packed_folder, dense_folder):
+    def sizes(path):
+        header = json.loads((data := path.read_bytes())[8 : 8 + struct.unpack('<Q', data[:8])[0]])
+        return {n: e['data_offsets'][1] - e['data_offsets'][0] for n, e in header.items() if n != '__metadata__'}
+
+    packed, dense = sizes(packed_folder / 'ticket.safetensors'), sizes(dense_folder / 'model.safetensors')
+    small = sum(packed[f'{name}.values'] + packed[f'{name}.bits'] for name in ticket.mask)
+    assert small <= 0.16 * sum(dense[name] for name in ticket.mask)
+    assert all(dense[name] == 4 * ticket.weights[name].numel() for name in ticket.mask)
+
+
+def test_the_header_says_what_is_inside(ticket, dense_folder):
+    for name in ('ticket.safetensors', 'model.safetensors'):
+        with safetensors.safe_open(dense_folder / name, framework='pt') as file:
+            metadata = file.metadata()
+            tensors = set(file.keys()) - {DIGEST}
+        config = json.loads((dense_folder / 'config.json').read_text())
+        assert json.loads(metadata['config']) == config
+        assert metadata['format'] == 'pt'
+        assert metadata['format_version'] == '1'
+        assert float(metadata['sparsity']) == ticket.sparsity
+        assert json.loads(metadata['alive']) == {name: int(alive.sum()) for name, alive in ticket.mask.items()}
+        assert set(json.loads(metadata['sha256'])) == tensors
+
+
+def test_config_is_in_timm_format(ticket, packed_folder):
+    config = json.loads((packed_folder / 'config.json').read_text())
+    assert config['architecture'] == 'superticket_mbv2'
+    assert Arch.from_json(config['model_args']['arch']) == ticket.arch
+    assert 'num_classes' not in config['model_args']  # transformers refuses it there
+    assert config['num_classes'] == 10
+    assert config['pretrained_cfg']['hf_hub_filename'] == 'ticket.safetensors'
+    assert config['pretrained_cfg']['input_size'] == [3, 32, 32]
+    assert config['supertickets'] == {'format_version': 1, 'sparsity': ticket.sparsity, 'facts': FACTS}
+
+
+def adapted(weights, model):
+    """What timm's adaptation leaves alone: everything but a new classifier and a stem for other channels."""
+    fresh = {'classifier.weight', 'classifier.bias', 'conv_stem.weight'}
+    state = {name.replace('blocks_', 'blocks.', 1): tensor for name, tensor in model.state_dict().items()}
+    return all(torch.equal(state[name], weights[name]) for name in weights if name in state and name not in fresh)
+
+
+@pytest.mark.parametrize('dense', [False, True])
+@pytest.mark.parametrize('classes', [5, 0])
+def test_other_classes(ticket, packed_folder, dense_folder, dense, classes):
+    for model in (create(dense_folder if dense else packed_folder, num_classes=classes),
+                  ticket.build(num_classes=classes)):  # fmt: skip
+        assert model(torch.randn(2, 3, 32, 32)).shape == (2, classes or 128)
+        assert adapted(ticket.weights, model)
+        assert torch.equal(model.conv_stem.weight, ticket.weights['conv_stem.weight'])
+
+
+@pytest.mark.parametrize('dense', [False, True])
+def test_other_input_channels(ticket, packed_folder, dense_folder, dense):
+    folder = dense_folder if dense else packed_folder
+    stem = ticket.weights['conv_stem.weight']
+    for model in (create(folder, in_chans=1), ticket.build(in_chans=1)):
+        torch.testing.assert_close(model.conv_stem.weight.detach(), stem.sum(1, keepdim=True))
+        assert adapted(ticket.weights, model)
+        assert torch.equal(model.classifier.weight, ticket.weights['classifier.weight'])
+    four = create(folder, in_chans=4)
+    # timm repeats the channels and keeps their sum: r g b r, times 3/4
+    torch.testing.assert_close(four.conv_stem.weight.detach(), stem[:, [0, 1, 2, 0]] * 0.75)
+    assert adapted(ticket.weights, four)
+
+
+@pytest.mark.parametrize('dense', [False, True])
+@pytest.mark.parametrize('feature_cls', [None, 'getter'])
+def test_features(ticket, packed_folder, dense_folder, dense, feature_cls):
+    kwargs = {'feature_cls': feature_cls} if feature_cls else {}
+    model = create(dense_folder if dense else packed_folder, features_only=True, **kwargs)
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        features = model(x)
+        whole = ticket.build()
+        _, expected = whole.forward_intermediates(x)
+    assert model.feature_info.reduction() == [2, 4, 8, 16, 32]
+    assert [64 // f.shape[-1] for f in features] == [2, 4, 8, 16, 32]
+    assert [f.shape[1] for f in features] == model.feature_info.channels()
+    assert all(torch.equal(f, e) for f, e in zip(features, expected, strict=True))
+
+
+def test_output_stride(ticket, packed_folder):
+    model = create(packed_folder, output_stride=16, features_only=True)
+    assert model.feature_info.reduction() == [2, 4, 8, 16, 16]
+    assert model(torch.randn(1, 3, 64, 64))[-1].shape[-1] == 4
+    assert same(ticket.weights, dict(create(packed_folder, output_stride=16).state_dict()))
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_half_precision(dtype, tmp_path):
+    model = timm.create_model('superticket_mbv2', arch=MICRO, num_classes=3).to(dtype)
+    ticket = Ticket.draw(model, prune(magnitude(model), 0.5))
+    folder = ticket.save(tmp_path / 'ticket', dense=True)
+    loaded = load_ticket(folder)
+    assert loaded.weights['blocks.0.0.conv_pw.weight'].dtype == dtype
+    assert same(loaded.weights, ticket.weights)
+    (folder / 'model.safetensors').unlink()
+    assert same(dict(create(folder, dtype=dtype).state_dict()), ticket.weights)
+
+
+def test_a_living_weight_that_is_zero_stays_alive(tmp_path):
+    model = timm.create_model('superticket_mbv2', arch=MICRO)
+    mask = Mask.dense(prunable(model))
+    name = 'blocks.1.0.conv_pw.weight'
+    mask[name][0] = False
+    with torch.no_grad():
+        model.get_parameter(name)[1] = 0
+    loaded = load_ticket(Ticket.draw(model, mask).save(tmp_path / 'ticket'))
+    assert same(loaded.mask, mask)
+    assert not loaded.mask[name][0].any()
+    assert loaded.mask[name][1].all()
+
+
+def test_a_ticket_of_a_model_in_channels_last(tmp_path):
+    model = timm.create_model('superticket_mbv2', arch=MICRO).to(memory_format=torch.channels_last)
+    ticket = Ticket.draw(model, prune(magnitude(model), 0.5))
+    folder = ticket.save(tmp_path / 'ticket', dense=True)
+    assert same(dict(create(folder).state_dict()), ticket.weights)
+    assert same(load_ticket(folder).mask, ticket.mask)
+
+
+def test_settings_that_change_the_function_travel_with_the_ticket(tmp_path):
+    torch.manual_seed(0)
+    kwargs = {'act_layer': 'silu', 'global_pool': 'max', 'output_stride': 16, 'drop_rate': 0.1}
+    model = settled(timm.create_model('supernet_mbv2_tiny', width=0.5, **kwargs)).eval()
+    ticket = Ticket.draw(model, Mask.dense(prunable(model)))
+    x = torch.randn(2, 3, 64, 64)
+    assert torch.equal(create(ticket.save(tmp_path / 'ticket'))(x), model(x))
+    assert torch.equal(load_ticket(tmp_path / 'ticket').build()(x), model(x))
+
+
+def test_data_config_and_classes_are_kept(tmp_path):
+    model = timm.create_model('superticket_mbv2', arch=MICRO, num_classes=3, in_chans=1)
+    data = {'input_size': (1, 28, 28), 'mean': (0.5,), 'std': (0.25,), 'label_names': ['a', 'b', 'c']}
+    folder = Ticket.draw(model, {}, data_config=data).save(tmp_path / 'ticket')
+    created = create(folder)
+    assert created.num_classes == 3
+    assert created.conv_stem.in_channels == 1
+    resolved = timm.data.resolve_model_data_config(created)
+    assert tuple(resolved['input_size']) == (1, 28, 28)
+    assert tuple(resolved['mean']) == (0.5,)
+    assert created.pretrained_cfg['label_names'] == ['a', 'b', 'c']
+
+
+def test_a_built_model_is_free_of_the_ticket(ticket):
+    first = ticket.build()
+    with torch.no_grad():
+        for param in first.parameters():
+            param.fill_(7)
+    assert same(dict(ticket.build().state_dict()), ticket.weights)
+    assert 'state_dict' not in first.pretrained_cfg
+
+
+def test_a_stock_model_loads_where_this_package_is_not_imported(stock):
+    ticket, folder = stock
+    assert ticket.arch is None
+    assert sorted(path.name for path in folder.iterdir()) == ['config.json', 'model.safetensors', 'ticket.safetensors']
+    x = torch.linspace(-1, 1, 3 * 32 * 32).view(1, 3, 32, 32)
+    code = f"""if True:
+        import sys, timm, torch
+        model = timm.create_model('local-dir:{folder}', pretrained=True).eval()
+        dead = sum(int((m.weight == 0).sum()) for n, m in model.named_modules()
+                   if isinstance(m, torch.nn.Conv2d) and n != 'conv1')
+        x = torch.linspace(-1, 1, 3 * 32 * 32).view(1, 3, 32, 32)
+        assert 'timm_supertickets' not in sys.modules
+        print(dead, model(x).tolist()[0])"""
+    ran = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+    dead, logits = ran.stdout.split(maxsplit=1)
+    total = sum(param.numel() for param in prunable(timm.create_model('resnet18')).values())
+    assert int(dead) == round(0.8 * total)
+    assert json.loads(logits) == ticket.build()(x)[0].tolist()
+
+
+def test_a_stock_ticket_round_trips(stock):
+    ticket, folder = stock
+    for part in ('', 'ticket.safetensors', 'model.safetensors'):
+        loaded = load_ticket(folder / part)
+        assert same(loaded.weights, ticket.weights)
+        assert same(loaded.mask, ticket.mask)
+    assert 'hf_hub_filename' not in json.loads((folder / 'config.json').read_text())['pretrained_cfg']
+    assert sum(read_bits(folder).values()) == ticket.mask.alive
+    assert create(folder, num_classes=7)(torch.randn(1, 3, 32, 32)).shape == (1, 7)
+
+
+@pytest.mark.parametrize('name', ['test_vit', 'test_convnext', 'test_efficientnet', 'test_nfnet'])
+def test_other_stock_models(name, tmp_path):
+    ticket = draw(name, 0.5, num_classes=4)
+    folder = ticket.save(tmp_path / 'ticket')
+    assert same(dict(create(folder).state_dict()), ticket.weights)
+    assert same(load_ticket(folder).mask, ticket.mask)
+
+
+def test_settings_of_a_stock_model_travel(tmp_path):
+    torch.manual_seed(0)
+    model = settled(timm.create_model('test_resnet', num_classes=4, in_chans=1, output_stride=8, act_layer='silu'))
+    ticket = Ticket.draw(model, prune(magnitude(model), 0.5))
+    ticket.mask.zero_weights_(model)
+    folder = ticket.save(tmp_path / 'ticket')
+    x = torch.randn(1, 1, 64, 64)
+    assert torch.equal(create(folder)(x), model.eval()(x))
+    assert torch.equal(load_ticket(folder).build()(x), model(x))
+
+
+# what is refused
+
+
+def test_a_missing_path():
+    with pytest.raises(ValueError, match=r'nowhere does not exist; a ticket is a folder with config.json and ticket'):
+        load_ticket('nowhere')
+
+
+@pytest.mark.parametrize('name', ['config.json', 'ticket.safetensors'])
+def test_a_missing_file(micro, name):
+    (micro / name).unlink()
+    with pytest.raises(ValueError, match=f'{name} is missing'):
+        load_ticket(micro)
+
+
+def regions(path):
+    """Per tensor of a safetensors file, where its bytes lie."""
+    data = path.read_bytes()
+    start = 8 + struct.unpack('<Q', data[:8])[0]
+    header = json.loads(data[8:start])
+    return {
+        name: (start + entry['data_offsets'][0], start + entry['data_offsets'][1])
+        for name, entry in header.items()
+        if name != '__metadata__'
+    }
+
+
+def test_a_truncated_file_names_the_tensor(micro):
+    path = micro / 'ticket.safetensors'
+    data = path.read_bytes()
+    for name, (start, stop) in list(regions(path).items())[::5]:
+        path.write_bytes(data[: (start + stop) // 2])
+        with pytest.raises(ValueError, match=rf'ticket.safetensors is not a whole .* breaks off in tensor {name!r}'):
+            load_ticket(micro)
+        with pytest.raises(Exception):  # noqa: B017, PT011 what timm raises is up to timm
+            create(micro)
+
+
+def test_an_altered_byte_names_the_tensor(micro):
+    path = micro / 'ticket.safetensors'
+    data = path.read_bytes()
+    tensors = {name: place for name, place in regions(path).items() if place[0] < place[1]}
+    kinds = ['.values', '.bits', 'running_mean', 'num_batches_tracked', 'classifier.bias', 'supertickets.arch']
+    assert all(any(name.endswith(kind) for name in tensors) for kind in kinds)
+    names = sorted(set(tensors) - {DIGEST})
+    for i, (name, (start, stop)) in enumerate(tensors.items()):
+        place = start + (i * 7) % (stop - start)
+        bad = bytearray(data)
+        bad[place] ^= 1 << (i % 8)
+        path.write_bytes(bad)
+        blamed = names[(place - start) // 32] if name == DIGEST else name
+        for load in (load_ticket, create):
+            with pytest.raises(ValueError, match=f'tensor {blamed!r} is not what was saved'):
+                load(micro)
+
+
+def test_an_altered_byte_in_the_dense_file_names_the_tensor(tmp_path):
+    folder = draw('superticket_mbv2', 0.5, arch=MICRO).save(tmp_path / 'ticket', dense=True)
+    path = folder / 'model.safetensors'
+    data = path.read_bytes()
+    for name, (start, _) in list(regions(path).items())[::4]:
+        bad = bytearray(data)
+        bad[start] ^= 1
+        path.write_bytes(bad)
+        with pytest.raises(ValueError, match=f'tensor {name!r} is not what was saved'):
+            load_ticket(path)
+
+
+def resave(path, change):
+    """Change the tensors of a file, keeping its header's words."""
+    with safetensors.safe_open(path, framework='pt') as file:
+        tensors, metadata = {n: file.get_tensor(n) for n in file.keys()}, file.metadata()  # noqa: SIM118
+    change(tensors)
+    safetensors.torch.save_file(tensors, path, metadata)
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (lambda t: t.pop('bn1.bias'), "'supertickets.digest' of shape .* vouches for other than"),
+        (lambda t: t.update(extra=torch.zeros(1)), "'supertickets.digest' of shape .* vouches for other than"),
+        (lambda t: t.pop(DIGEST), 'no digest tensor'),
+        (lambda t: t.update({'bn1.bias': t['bn1.weight'], 'bn1.weight': t['bn1.bias']}), "tensor 'bn1.bias' is not"),
+        (lambda t: t.update({'bn1.bias': t['bn1.bias'].double()}), "tensor 'bn1.bias' is not"),
+    ],
+)
+def test_removed_added_and_swapped_tensors(micro, change, message):
+    resave(micro / 'ticket.safetensors', change)
+    for load in (load_ticket, create):
+        with pytest.raises(ValueError, match=message):
+            load(micro)
+
+
+def test_a_newer_format_version(micro):
+    edit_config(micro, supertickets={'format_version': 2})
+    with pytest.raises(ValueError, match='has format version 2; this package reads up to 1: upgrade it'):
+        load_ticket(micro)
+
+
+@pytest.mark.parametrize('version', [0, -1, '1', 1.5, None])
+def test_a_format_version_that_is_none(micro, version):
+    edit_config(micro, supertickets={'format_version': version})
+    with pytest.raises(ValueError, match='format_version must be a whole number'):
+        load_ticket(micro)
+
+
+def changed_arch(**shape):
+    return {'arch': {**MICRO, 'shape': {**MICRO['shape'], **shape}}}
+
+
+def test_an_arch_with_other_strides_fits_the_shapes_and_is_refused(micro):
+    plain = create(micro)
+    edit_config(micro, model_args=changed_arch(stages=[[8, 1, 1], [8, 2, 1]]))
+    other = timm.create_model(f'local-dir:{micro}')  # without weights: the shapes do not tell
+    assert {n: t.shape for n, t in other.state_dict().items()} == {n: t.shape for n, t in plain.state_dict().items()}
+    with pytest.raises(ValueError, match=r"'model_args' in config.json is not what ticket.safetensors was saved for"):
+        load_ticket(micro)
+    with pytest.raises(ValueError, match='saved for another arch'):
+        create(micro)
+
+
+def test_an_arch_with_other_strides_is_refused_where_the_header_agrees_with_it(micro):
+    # somebody edits both copies of the arch: the one among the tensors is vouched for by the digest
+    edit_config(micro, model_args=changed_arch(stages=[[8, 1, 1], [8, 2, 1]]))
+    path = micro / 'ticket.safetensors'
+    tensors = safetensors.torch.load_file(path)
+    safetensors.torch.save_file(tensors, path, {'config': (micro / 'config.json').read_text()})
+    for load in (load_ticket, create):
+        with pytest.raises(ValueError, match='saved for another arch'):
+            load(micro)
+    with pytest.raises(ValueError, match='saved for another arch'):
+        load_ticket(path)
+
+
+def test_an_arch_with_other_strides_beside_a_dense_file_alone_is_refused(tmp_path):
+    folder = draw('superticket_mbv2', 0.5, arch=MICRO).save(tmp_path / 'ticket', dense=True)
+    (folder / 'ticket.safetensors').unlink()
+    edit_config(folder, model_args=changed_arch(stages=[[8, 1, 1], [8, 2, 1]]))
+    with pytest.raises(ValueError, match=r"'model_args' in config.json is not what model.safetensors was saved for"):
+        load_ticket(folder)
+
+
+def test_an_arch_that_does_not_fit_its_weights(micro):
+    edit_config(micro, model_args=changed_arch(head=24))
+    for load in (load_ticket, create):
+        with pytest.raises(ValueError, match=r'not what ticket.safetensors was saved for|saved for another arch'):
+            load(micro)
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        ({'model_args': {'arch': 5}}, 'model_args'),
+        ({'model_args': {'checkpoint_path': '/etc/passwd'}}, 'model_args'),
+        ({'model_args': None}, "'model_args' as a dict, got None"),
+        ({'architecture': 'superticket_mbv9'}, 'architecture'),
+        ({'architecture': 'hf-hub:somebody/something'}, 'architecture'),
+        ({'architecture': 7}, "'architecture' as a str, got 7"),
+        ({'pretrained_cfg': 'x'}, "'pretrained_cfg' as a dict, got 'x'"),
+        ({'pretrained_cfg': {'file': '/etc/passwd'}}, 'pretrained_cfg in config.json must not set file'),
+        ({'pretrained_cfg': {'url': 'x', 'hf_hub_id': 'x/y'}}, 'must not set hf_hub_id, url'),
+        (
+            {'pretrained_cfg': {'num_classes': 4}},
+            r"'classifier.weight' has shape \(3, 16\), the architecture wants \(4",
+        ),
+        ({'pretrained_cfg': {'input_size': 5}}, 'superticket_mbv2 cannot be built'),
+        ({'supertickets': 5}, 'is not a ticket: config.json has no "supertickets" section'),
+        ({'supertickets': {'facts': 5}}, 'facts in config.json must be a dict, got 5'),
+    ],
+)
+def test_a_config_that_says_something_else(micro, change, message):
+    edit_config(micro, **change)
+    with pytest.raises(ValueError, match=message):
+        load_ticket(micro)
+
+
+@pytest.mark.parametrize('text', ['', '[]', '5', '{"architecture": "resnet18"}', 'null', '{'])
+def test_a_config_that_is_none(micro, text):
+    (micro / 'config.json').write_text(text)
+    with pytest.raises(ValueError, match=r'is not readable as JSON|is not a ticket'):
+        load_ticket(micro)
+
+
+def test_a_safetensors_file_of_something_else(tmp_path):
+    path = tmp_path / 'model.safetensors'
+    safetensors.torch.save_file({'w': torch.zeros(2)}, path)
+    with pytest.raises(ValueError, match="is not a ticket: its header has no readable 'config'"):
+        load_ticket(path)
+
+
+def headed(folder, **changes):
+    """A ticket whose header and config.json agree on something else than what was saved."""
+    edit_config(folder, **changes)
+    path = folder / 'ticket.safetensors'
+    safetensors.torch.save_file(
+        safetensors.torch.load_file(path), path, {'config': (folder / 'config.json').read_text()}
+    )
+    return folder
+
+
+@pytest.mark.parametrize(
+    'reserved',
+    [
+        'checkpoint_path', 'pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay', 'model_name', 'cache_dir',
+        'features_only', 'scriptable',
+    ],
+)  # fmt: skip
+def test_a_config_cannot_speak_to_create_model(micro, reserved):
+    headed(micro, model_args={reserved: '/etc/passwd'})
+    with pytest.raises(ValueError, match=f'model_args must not set {reserved}'):
+        load_ticket(micro)
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        ({'model_args': {'arch': 5}}, 'arch: expected the keys'),
+        ({'model_args': {'colour': 'red'}}, 'cannot be built: .*colour'),
+        ({'model_args': {'global_pool': 'nowhere'}}, 'cannot be built: '),
+        ({'architecture': 'hf-hub:somebody/something'}, "'hf-hub:somebody/something' is not an architecture"),
+        ({'architecture': 'local-dir:/tmp'}, "'local-dir:/tmp' is not an architecture"),
+        ({'architecture': 'resnet18'}, "'resnet18|resnet18"),
+        ({'model_args': changed_arch(head=24)}, 'saved for another arch'),
+    ],
+)
+def test_a_whole_ticket_that_does_not_fit_together(micro, change, message):
+    headed(micro, **change)
+    for path in (micro, micro / 'ticket.safetensors'):
+        with pytest.raises(ValueError, match=message):
+            load_ticket(path)
+
+
+def test_a_mask_for_other_shapes():
+    model = timm.create_model('superticket_mbv2', arch=MICRO)
+    with pytest.raises(ValueError, match=r"mask of 'conv_stem.weight' has shape \(2,\), the parameter \(8, 3, 3, 3\)"):
+        Ticket.draw(model, {'conv_stem.weight': torch.ones(2).bool()})
+
+
+def test_a_parameter_name_that_is_not_there():
+    model = timm.create_model('superticket_mbv2', arch=MICRO)
+    with pytest.raises(
+        ValueError, match=r"mask names 'blocks.9.weight', which MixedMobileNetV2 has not; it has blocks"
+    ):
+        Ticket.draw(model, {'blocks.9.weight': torch.ones(2).bool()})
+
+
+@pytest.mark.parametrize('facts', [{'x': torch.ones(1)}, {'x': {1, 2}}])
+def test_facts_that_are_not_plain(facts):
+    model = timm.create_model('superticket_mbv2', arch=MICRO)
+    with pytest.raises(ValueError, match='facts and settings must be plain JSON values'):
+        Ticket.draw(model, {}, facts=facts)
+
+
+def test_settings_that_cannot_be_written_down():
+    model = timm.create_model('superticket_mbv2', arch=MICRO, act_layer=nn.SiLU)
+    with pytest.raises(ValueError, match='facts and settings must be plain JSON values'):
+        Ticket.draw(model, {})
+
+
+def test_a_model_that_timm_did_not_make():
+    with pytest.raises(ValueError, match=r'Linear was not made by timm.create_model'):
+        Ticket.draw(nn.Linear(2, 2), {})
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (lambda t: t.weights.pop('bn1.bias'), "weights do not fit the architecture: it lacks 'bn1.bias'"),
+        (lambda t: t.weights.update(x=torch.ones(1)), "it has 'x', which its architecture has not"),
+        (lambda t: t.weights.update({'bn1.bias': torch.ones(9)}), r"'bn1.bias' has shape \(9,\), .* wants \(8,\)"),
+        (lambda t: t.mask.update(x=torch.ones(1).bool()), "mask names 'x', which the weights lack"),
+        (lambda t: t.mask.update({'bn1.bias': torch.ones(8)}), "mask of 'bn1.bias' is torch.float32"),
+        (lambda t: t.mask.update({'bn1.bias': torch.ones(7).bool()}), r"mask of 'bn1.bias' is torch.bool \(7,\)"),
+        (lambda t: t.mask.update({'bn1.weight': torch.zeros(8).bool()}), "'bn1.weight' has dead weights that are not"),
+        (lambda t: t.model_args.update(checkpoint_path='x'), 'model_args must not set checkpoint_path'),
+        (lambda t: setattr(t, 'architecture', 'hf-hub:a/b'), "'hf-hub:a/b' is not an architecture that timm knows"),
+    ],
+)
+def test_parts_that_disagree_are_not_saved(change, message, tmp_path):
+    ticket = draw('superticket_mbv2', 0.5, arch=MICRO)
+    change(ticket)
+    with pytest.raises(ValueError, match=message):
+        ticket.check()
+    with pytest.raises(ValueError, match=message):
+        ticket.save(tmp_path / 'ticket')
+    assert not (tmp_path / 'ticket').exists()
+
+
+@pytest.mark.parametrize(
+    'files',
+    [
+        {'notes.txt': 'mine'},
+        {'config.json': '{"model_type": "bert"}', 'model.safetensors': 'weights of somebody else'},
+        {'model.safetensors': 'weights', 'notes.txt': 'mine'},
+    ],
+)
+def test_a_folder_that_holds_something_else_is_left_alone(files, tmp_path):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match='holds something that is not a ticket; choose another folder'):
+        draw('superticket_mbv2', 0.5, arch=MICRO).save(tmp_path)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == files
+
+
+def test_a_file_where_the_folder_should_be_is_left_alone(tmp_path):
+    (tmp_path / 'ticket').write_text('mine')
+    with pytest.raises(ValueError, match='holds something that is not a ticket'):
+        draw('superticket_mbv2', 0.5, arch=MICRO).save(tmp_path / 'ticket')
+    assert (tmp_path / 'ticket').read_text() == 'mine'
+
+
+def test_a_save_that_was_cut_short_can_be_repeated(tmp_path, monkeypatch):
+    ticket = draw('superticket_mbv2', 0.5, arch=MICRO)
+    done = []
+
+    def die(path, data):
+        if path.name in done:
+            path.with_name(f'.{path.name}.tmp').write_bytes(data[:10])
+            raise OSError('killed')
+        path.write_bytes(data)
+
+    monkeypatch.setattr('timm_supertickets.ticket.write_atomic', die)
+    for name in ('ticket.safetensors', 'config.json'):
+        done[:] = [name]
+        with pytest.raises(OSError, match='killed'):
+            ticket.save(tmp_path / 'ticket')
+        with pytest.raises(ValueError, match='is missing'):
+            load_ticket(tmp_path / 'ticket')
+    monkeypatch.undo()
+    assert same(load_ticket(ticket.save(tmp_path / 'ticket')).weights, ticket.weights)
+
+
+def test_tickets_of_every_sparsity(tmp_path):
+    model = timm.create_model('superticket_mbv2', arch=MICRO)
+    total = sum(param.numel() for param in prunable(model).values())
+    for sparsity in (0.0, 0.5, 0.8, 0.95):
+        ticket = Ticket.draw(model, prune(magnitude(model), sparsity))
+        folder = ticket.save(tmp_path / str(sparsity))
+        loaded = load_ticket(folder)
+        assert loaded.mask.alive == sum(read_bits(folder).values()) == total - round(sparsity * total)
+        assert math.isclose(loaded.sparsity, round(sparsity * total) / total)
