@@ -11,10 +11,12 @@ import time
 from collections.abc import Callable
 
 import timm
-import timm_supertickets
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor, nn
+
+import timm_supertickets
 from timm_supertickets import Mask, prunable
 from timm_supertickets.cost import channel_macs, model_cost
 from timm_supertickets.layers import MixedBlock
@@ -23,7 +25,6 @@ from timm_supertickets.search.select import select_by_budget
 from timm_supertickets.search.shrink import shrink, shrink_optimizer_
 from timm_supertickets.sparsity.prune import prune
 from timm_supertickets.sparsity.scores import magnitude
-from torch import Tensor, nn
 
 # (input channels, output channels, side, residual): blocks of supernet_mbv2 at 224x224
 BLOCKS = ((24, 24, 56, True), (32, 32, 28, True), (64, 64, 14, True), (96, 96, 14, True), (160, 160, 7, True))

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
+
 from timm_supertickets.sparsity.prune import SCOPES
 from timm_supertickets.sparsity.reactivate import REACTIVATIONS
 
@@ -63,6 +64,7 @@ class Config:
         floor: Living weights that every tensor keeps.
         reactivation: Which dead weights may come back between events: `none`, `reset` or `regrow`.
         regrow_share: Share of the living weights that `regrow` trades at first; it falls to zero until `prune_until`.
+        threads: Threads of torch on a CPU; 0 shares all cores among the processes (`accelerate launch` allows one).
         seed: Seed of everything.
         output: Folder of the run.
         resume: `auto` goes on with what `output` holds, `never` refuses to, or the folder of a checkpoint.
@@ -112,6 +114,7 @@ class Config:
     floor: int = 1
     reactivation: Literal['none', 'reset', 'regrow'] = 'regrow'
     regrow_share: float = 0.2
+    threads: int = 0
     seed: int = 0
     output: str = 'output/digits'
     resume: str = 'auto'
@@ -124,7 +127,7 @@ class Config:
             raise ValueError('targets is empty; name at least one sparsity, e.g. targets=[0.9]')
         for name in ('rounds', 'round_steps', 'batch_size', 'img_size', 'in_chans'):
             _in_range(name, getattr(self, name), [getattr(self, name) >= 1], 'at least 1')
-        for name in ('cooldown_steps', 'warmup_steps', 'clip_grad', 'penalty', 'workers', 'floor', 'seed'):
+        for name in ('cooldown_steps', 'warmup_steps', 'clip_grad', 'penalty', 'workers', 'floor', 'seed', 'threads'):
             _in_range(name, getattr(self, name), [getattr(self, name) >= 0], 'at least 0')
         for name in ('search_until', 'prune_from', 'prune_until', 'penalty_warmup', 'hflip', 'reprob'):
             _in_range(name, getattr(self, name), [0 <= getattr(self, name) <= 1], 'in [0, 1]')
@@ -134,7 +137,8 @@ class Config:
             _in_range(name, getattr(self, name), [0 < getattr(self, name) <= 1], 'in (0, 1]')
         _in_range('ratio', self.ratio, [self.ratio >= 1], 'at least 1')
         _in_range('in_chans', self.in_chans, [self.in_chans in (1, 3)], '1 or 3')
-        assert self.scope in SCOPES and self.reactivation in REACTIVATIONS
+        assert self.scope in SCOPES
+        assert self.reactivation in REACTIVATIONS
 
     @property
     def steps(self) -> int:

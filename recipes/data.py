@@ -1,6 +1,7 @@
 """Data: a dataset by name, and timm's loaders over it."""
 
 import gzip
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,18 +161,18 @@ def _datasets(config: Config) -> tuple[Any, Any, list[str]]:
             return splits[0], splits[1], list(FASHION_MNIST_LABELS)
         if not any(folder.rglob('*.parquet')):
             raise ValueError(
-                f'Fashion-MNIST is not in {folder}. Ways to get it: `apt install dataset-fashion-mnist`, which is found '
-                'by itself; or data_dir=FOLDER with its four idx files (.gz or not), or with the parquet files of '
-                'the Hub dataset zalando-datasets/fashion_mnist'
+                f'Fashion-MNIST is not in {folder}. Ways to get it: `apt install dataset-fashion-mnist`, which is '
+                'found by itself; or data_dir=FOLDER with its four idx files (.gz or not), or with the parquet files '
+                'of the Hub dataset zalando-datasets/fashion_mnist'
             )
         name = f'hfds/{folder}'
     else:
         name = '' if config.dataset == 'folder' else config.dataset
         if not name.partition('/')[1] and not (config.data_dir and Path(config.data_dir).is_dir()):
             raise ValueError(
-                f'dataset {config.dataset!r} is a folder of images, and data_dir={config.data_dir} is none; it should hold '
-                f'{config.train_split}/CLASS/IMAGE and {config.val_split}/CLASS/IMAGE. Other datasets are digits, '
-                'fashion_mnist, hfds/NAME, hfids/NAME (data_dir is then their cache), torch/NAME'
+                f'dataset {config.dataset!r} is a folder of images, and data_dir={config.data_dir} is none; it '
+                f'should hold {config.train_split}/CLASS/IMAGE and {config.val_split}/CLASS/IMAGE. Other datasets: '
+                'digits, fashion_mnist, hfds/NAME, hfids/NAME (data_dir is then their cache), torch/NAME'
             )
     root = None if name.startswith('hfds/') and config.dataset == 'fashion_mnist' else config.data_dir
     try:
@@ -227,12 +228,13 @@ def _read_idx(folder: Path, name: str) -> NDArray[np.uint8]:
     for path in (folder / name, folder / f'{name}.gz'):
         if path.exists():
             try:
-                data = gzip.open(path).read() if path.suffix == '.gz' else path.read_bytes()
+                data = path.read_bytes()
+                data = gzip.decompress(data) if path.suffix == '.gz' else data
                 if data[:3] != b'\0\0\x08':
                     raise ValueError('it does not begin like an idx file of bytes')
                 shape = np.frombuffer(data, '>i4', data[3], 4)
                 return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(shape)
-            except (OSError, EOFError, ValueError) as error:
+            except (OSError, EOFError, ValueError, zlib.error) as error:
                 raise ValueError(f'{path} is not a whole idx file: {error}') from None
     raise ValueError(f'{folder / name} is missing, and so is {name}.gz')
 

@@ -5,10 +5,11 @@ from typing import Any
 
 import matplotlib
 from report import TRUNK
+
 from timm_supertickets import Arch, load_ticket
 
 matplotlib.use('Agg')
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
 KERNEL_COLORS = {3: '#4477aa', 5: '#ccbb44', 7: '#aa3377'}
 

@@ -13,8 +13,9 @@ from config import Config
 from rich.console import Console
 from rich.table import Table
 from state import find_checkpoint
-from timm_supertickets.files import write_atomic
 from tqdm import tqdm
+
+from timm_supertickets.files import write_atomic
 
 COLUMNS = (
     'name', 'round', 'step', 'loss', 'top1', 'n', 'sparsity', 'sparsity_all', 'macs', 'sparse_macs', 'params',

@@ -13,12 +13,13 @@ from accelerate import Accelerator
 from accelerate.utils import extract_model_from_parallel
 from config import Config
 from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
 from timm_supertickets import Arch, Mask
 from timm_supertickets.channels import Keep, take
 from timm_supertickets.files import dump_json, dump_safetensors, read_json, read_safetensors, write_atomic
 from timm_supertickets.search.shrink import searchable, shrink, shrink_optimizer_
-from torch import Tensor, nn
-from torch.optim import Optimizer
 
 CHECKPOINTS = 'checkpoints'
 
@@ -196,6 +197,7 @@ def find_checkpoint(resume: str, output: Path) -> Path | None:
         return next(reversed(checkpoints(output)), None)
     if not (Path(resume) / 'state.json').is_file():
         raise ValueError(
-            f'resume={resume} is neither "auto" nor "never" nor a checkpoint folder such as {output / CHECKPOINTS}/round_00004'
+            f'resume={resume} is neither "auto" nor "never" nor a checkpoint folder such as '
+            f'{output / CHECKPOINTS}/round_00004'
         )
     return Path(resume)

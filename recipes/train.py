@@ -3,6 +3,7 @@
 accelerate launch recipes/train.py [--config recipes/configs/NAME.yaml] [key=value ...]
 """
 
+import os
 import sys
 import zlib
 from collections.abc import Callable
@@ -12,7 +13,6 @@ from typing import Any
 
 import plan
 import timm
-import timm_supertickets
 import torch
 from accelerate import Accelerator
 from config import Config, parse
@@ -23,6 +23,10 @@ from state import State, find_checkpoint
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
 from timm.utils import ModelEmaV3
+from torch.nn.functional import cross_entropy
+from torch.optim.swa_utils import update_bn
+
+import timm_supertickets
 from timm_supertickets import Mask, Ticket, prunable
 from timm_supertickets.channels import Keep
 from timm_supertickets.cost import channel_macs, model_cost
@@ -32,8 +36,6 @@ from timm_supertickets.search.shrink import searchable
 from timm_supertickets.sparsity.prune import prune
 from timm_supertickets.sparsity.reactivate import regrow, reset
 from timm_supertickets.sparsity.scores import magnitude
-from torch.nn.functional import cross_entropy
-from torch.optim.swa_utils import update_bn
 
 
 @dataclass
@@ -51,6 +53,8 @@ def main(argv: list[str]) -> None:
     """A trunk of rounds with an event after each; at every target sparsity, a branch that finishes a ticket."""
     config = parse(argv)
     accelerator = Accelerator()
+    if accelerator.device.type == 'cpu':
+        torch.set_num_threads(config.threads or max(1, (os.cpu_count() or 1) // accelerator.num_processes))
     data = create_data(config, accelerator)
     where = ('output', 'resume', 'data_dir')  # no part of what was done
     said = [arg for arg in argv if arg.lstrip('-').partition('=')[0] not in where]

@@ -74,6 +74,13 @@ def test_values_are_in_c_order_whatever_the_memory_order():
         assert packed['w.bits'].tolist() == [0b110101]
 
 
+def test_what_is_packed_can_be_written_whatever_the_memory_order():
+    packed = pack({'plain': torch.arange(1.0, 7.0).view(2, 3).t()}, {})
+    assert packed['plain'].is_contiguous()
+    assert packed['plain'].tolist() == [[1, 4], [2, 5], [3, 6]]
+    assert torch.equal(packed[DIGEST], hashed(packed))
+
+
 @pytest.mark.parametrize('n', [1, 7, 8, 9, 15, 16, 17, 64, 65])
 def test_bits_take_an_eighth_rounded_up(n):
     torch.manual_seed(n)
