@@ -50,6 +50,7 @@ class Config:
         rounds: Rounds of the trunk; an event follows each.
         round_steps: Steps per round.
         cooldown_steps: Steps of the branch that finishes a ticket: mask fixed, learning rate falling to zero.
+        recalibrate: Batches that batch norm is measured anew on, after every event and before a ticket is saved.
         search: How channels are chosen: `budget`, `threshold` or `none`.
         search_until: Share of the trunk after which the architecture is fixed.
         budget: Share of the supernet's MACs that the architecture is left with, for `search: budget`.
@@ -100,6 +101,7 @@ class Config:
     rounds: int = 16
     round_steps: int = 40
     cooldown_steps: int = 160
+    recalibrate: int = 36
     search: Literal['budget', 'threshold', 'none'] = 'budget'
     search_until: float = 0.5
     budget: float = 0.5
@@ -127,7 +129,17 @@ class Config:
             raise ValueError('targets is empty; name at least one sparsity, e.g. targets=[0.9]')
         for name in ('rounds', 'round_steps', 'batch_size', 'img_size', 'in_chans'):
             _in_range(name, getattr(self, name), [getattr(self, name) >= 1], 'at least 1')
-        for name in ('cooldown_steps', 'warmup_steps', 'clip_grad', 'penalty', 'workers', 'floor', 'seed', 'threads'):
+        for name in (
+            'cooldown_steps',
+            'warmup_steps',
+            'clip_grad',
+            'penalty',
+            'workers',
+            'floor',
+            'recalibrate',
+            'seed',
+            'threads',
+        ):
             _in_range(name, getattr(self, name), [getattr(self, name) >= 0], 'at least 0')
         for name in ('search_until', 'prune_from', 'prune_until', 'penalty_warmup', 'hflip', 'reprob'):
             _in_range(name, getattr(self, name), [0 <= getattr(self, name) <= 1], 'in [0, 1]')

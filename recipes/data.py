@@ -18,6 +18,7 @@ from timm.data import create_dataset, create_loader
 from torch import Tensor
 from torch.utils.data import Dataset
 
+CHANNELS_LAST = torch.channels_last  # of the images is enough for the whole net; on a CPU it halves a step
 FASHION_MNIST = Path('/usr/share/datasets/fashion-mnist')  # where Debian's package dataset-fashion-mnist puts it
 FASHION_MNIST_LABELS = (
     'T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle boot',
@@ -143,7 +144,7 @@ def batches(loader: Any, steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor
             if hasattr(owner, 'set_epoch'):
                 owner.set_epoch(epoch)
         for images, labels in loader:
-            yield images, labels
+            yield images.to(memory_format=CHANNELS_LAST), labels
             left -= 1
             if not left:
                 return
@@ -249,7 +250,9 @@ def top1(model: Any, data: Data, accelerator: Accelerator) -> float:
     seen = 0
     for images, labels in data.val:
         places = first + stride * (seen + torch.arange(len(labels), device=labels.device))
-        hits += ((model(images).argmax(1) == labels) & (places < data.val_count)).sum()  # the rest pads the last batch
+        hits += (
+            (model(images.to(memory_format=CHANNELS_LAST)).argmax(1) == labels) & (places < data.val_count)
+        ).sum()  # the rest pads the last batch
         seen += len(labels)
     model.train(training)
     return accelerator.reduce(hits, reduction='sum').item() / data.val_count

@@ -8,7 +8,6 @@ import sys
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import plan
@@ -23,6 +22,7 @@ from state import State, find_checkpoint
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
 from timm.utils import ModelEmaV3
+from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.optim.swa_utils import update_bn
 
@@ -197,8 +197,6 @@ def draw(run: Run, state: State, target: float) -> None:
     rate = CosineLRScheduler(state.optimizer, max(1, config.cooldown_steps), t_in_epochs=False, initialize=False)
     loss = train(run, state, name, 0, config.cooldown_steps, rate)
     state.zero_dead_weights_()
-    if state.ema is not None or not config.cooldown_steps:  # batch norm has not seen these very weights
-        update_bn((images for images, _ in islice(run.data.train, 50)), state.best)
     score = measure(run, state)
     if run.accelerator.is_main_process:
         facts = {
@@ -218,7 +216,8 @@ def draw(run: Run, state: State, target: float) -> None:
 
 
 def measure(run: Run, state: State) -> dict[str, Any]:
-    """What the net scores on the test images, and what it costs."""
+    """What the net scores on the test images, and what it costs; batch norm is recalibrated, and stays so."""
+    recalibrate(run, state.best)
     cost = model_cost(state.best, run.data.input_size, state.mask)
     return {
         'top1': top1(state.best, run.data, run.accelerator),
@@ -229,6 +228,15 @@ def measure(run: Run, state: State) -> dict[str, Any]:
         'sparse_macs': cost.sparse_macs,
         'params': cost.params,
     }
+
+
+def recalibrate(run: Run, net: nn.Module) -> None:
+    """Measure batch norm's statistics anew with the weights as they are; all processes agree on them."""
+    if run.config.recalibrate:
+        update_bn((images for images, _ in batches(run.data.train, run.config.recalibrate, run.config.seed)), net)
+        for name, buffer in net.named_buffers():
+            if name.endswith(('running_mean', 'running_var')):
+                buffer.copy_(run.accelerator.reduce(buffer, reduction='mean'))
 
 
 if __name__ == '__main__':
