@@ -7,6 +7,7 @@ import argparse
 import copy
 import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 
@@ -17,7 +18,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import timm_supertickets
-from timm_supertickets import Mask, prunable
+from timm_supertickets import Mask, Ticket, prunable
 from timm_supertickets.cost import channel_macs, model_cost
 from timm_supertickets.layers import MixedBlock
 from timm_supertickets.search.importance import GatePenalty, gate_importance, penalty_weights
@@ -148,6 +149,20 @@ def bench_step(repeats: int) -> list[tuple[str, float, float, float]]:
     return rows
 
 
+def bench_load(repeats: int) -> list[tuple[str, float, float, float]]:
+    """Loading a packed ticket, verified, against the same weights dense."""
+    net = timm.create_model('supernet_mbv2', num_classes=10)
+    ticket = Ticket.draw(net, prune(magnitude(net), 0.9))
+    with tempfile.TemporaryDirectory() as folder:
+        packed, dense = ticket.save(f'{folder}/packed'), ticket.save(f'{folder}/dense', dense=True)
+        a, b, ratio = side_by_side(
+            lambda: timm.create_model(f'local-dir:{packed}', pretrained=True),
+            lambda: timm.create_model(f'local-dir:{dense}', pretrained=True),
+            repeats,
+        )
+    return [('create_model of supernet_mbv2 at s90, pretrained: packed / dense file', a, b, ratio)]
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or '').splitlines()[0])
@@ -156,7 +171,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    rows = bench_blocks(args.repeats) + bench_step(args.repeats)
+    rows = bench_blocks(args.repeats) + bench_step(args.repeats) + bench_load(args.repeats)
     table = Table(
         title=f'timm_supertickets {timm_supertickets.__version__}, torch {torch.__version__}, '
         f'{platform.machine()}, {args.threads} threads, medians of {args.repeats} turns'
