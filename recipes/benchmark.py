@@ -88,12 +88,12 @@ def bench_blocks(repeats: int) -> list[tuple[str, float, float, float]]:
         hidden = 4 * in_chs
         fused = MixedBlock(in_chs, out_chs, dict.fromkeys((3, 5, 7), hidden), skip=skip)
         branches = Branches(in_chs, out_chs, hidden)
-        images = torch.randn(32, in_chs, side, side)
+        images = torch.randn(32, in_chs, side, side).to(memory_format=torch.channels_last)
         a, b, ratio = side_by_side(training_step(fused, images), training_step(branches, images), repeats)
         rows.append((f'block {in_chs} at {side}x{side}: fused / branches, train, batch 32', a, b, ratio))
         totals['train'] = [totals['train'][0] + a, totals['train'][1] + b]
         fused.eval(), branches.eval()
-        one = images[:1].clone()
+        one = images[:1].clone(memory_format=torch.channels_last)
         with torch.inference_mode():
             a, b, ratio = side_by_side(lambda: fused(one), lambda: branches(one), 4 * repeats)  # noqa: B023
         rows.append((f'block {in_chs} at {side}x{side}: fused / branches, inference, batch 1', a, b, ratio))
@@ -104,11 +104,11 @@ def bench_blocks(repeats: int) -> list[tuple[str, float, float, float]]:
 
 
 def bench_step(repeats: int) -> list[tuple[str, float, float, float]]:
-    """A whole step with penalty and mask against a plain one; events in units of plain steps. Batch 64, 64x64."""
+    """A whole step with penalty and mask against a plain one, and events in units of plain steps; batch 64, 64x64."""
     size = (3, 64, 64)
     net = timm.create_model('supernet_mbv2', num_classes=10)
     plain = copy.deepcopy(net)
-    images, labels = torch.randn(64, *size), torch.randint(10, (64,))
+    images, labels = torch.randn(64, *size).to(memory_format=torch.channels_last), torch.randint(10, (64,))
     optimizer, plain_optimizer = (torch.optim.SGD(n.parameters(), lr=1e-3, momentum=0.9) for n in (net, plain))
     mask: Mask = prune(magnitude(net), 0.8)
     groups = net.channel_groups()

@@ -7,16 +7,23 @@ and the search over their channels follow SuperTickets (https://arxiv.org/abs/22
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from timm.layers import LayerType, create_classifier, create_conv2d, get_norm_act_layer, make_divisible
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.layers import (
+    LayerType,
+    create_classifier,
+    create_conv2d,
+    get_device_dtype,
+    get_norm_act_layer,
+    make_divisible,
+)
+from timm.models import generate_default_cfgs, register_model
 from timm.models._efficientnet_builder import efficientnet_init_weights
 from timm.models.efficientnet import EfficientNet
-from torch import Tensor, nn
+from torch import nn
 
 from ..arch import Arch
 from ..channels import ChannelGroup
 from ..layers import DroppedBlock, MixedBlock, block_group, residual
-from ..packing import unpack_for_model
+from .build import carry_over, check_blocks, check_input, create, describe, positive
 
 KERNELS = (3, 5, 7)
 EXPAND_RATIO = 4
@@ -65,8 +72,7 @@ class MixedMobileNetV2(EfficientNet):
     ) -> None:
         nn.Module.__init__(self)  # only the blocks differ from timm's, and timm's constructor builds its own
         arch = check_arch(Arch.from_json(arch))
-        if in_chans < 1:
-            raise ValueError(f'in_chans must be at least 1, got {in_chans}')
+        check_input(in_chans)
         if output_stride not in (8, 16, 32):
             raise ValueError(f'output_stride must be 8, 16 or 32, got {output_stride}')
         self.arch = arch
@@ -150,22 +156,18 @@ class MixedMobileNetV2(EfficientNet):
 
     def rebuild(self, arch: Arch) -> 'MixedMobileNetV2':
         """A net of another member with this one's settings, freshly initialised, on the same device and dtype."""
-        like: Tensor = self.conv_stem.weight
         small = MixedMobileNetV2(
             arch,
             num_classes=self.num_classes,
             in_chans=self.in_chans,
             drop_rate=self.drop_rate,
             global_pool=self.global_pool.pool_type,
-            device=like.device,
-            dtype=like.dtype,
             **self._settings,
+            **get_device_dtype(self),
         )
         small.grad_checkpointing = self.grad_checkpointing
-        for name in ('pretrained_cfg', 'default_cfg', 'pretrained_model_args', '_traits', '_model_args'):
-            if hasattr(self, name):
-                setattr(small, name, getattr(self, name))
-        return small.train(self.training)
+        carry_over(self, small)
+        return small
 
 
 def block_places(arch: Arch) -> list[tuple[str, bool]]:
@@ -191,30 +193,15 @@ def check_arch(arch: Arch) -> Arch:
     if {name for name, _ in arch.shape} != {'stem', 'stages', 'head'}:
         raise ValueError(f'arch: shape of space "mbv2" has stem, stages and head, got {[n for n, _ in arch.shape]}')
     for name, value in (('stem', arch['stem']), ('head', arch['head'])):
-        if not _positive(value):
+        if not positive(value):
             raise ValueError(f'arch: {name} must be a positive number of channels, got {value!r}')
     stages = arch['stages']
     if not isinstance(stages, Sequence) or not stages:
         raise ValueError(f'arch: stages must be a list of [channels, blocks, stride], got {stages!r}')
     for stage in stages:
-        if not (isinstance(stage, Sequence) and len(stage) == 3 and all(map(_positive, stage)) and stage[2] <= 2):
+        if not (isinstance(stage, Sequence) and len(stage) == 3 and all(map(positive, stage)) and stage[2] <= 2):
             raise ValueError(f'arch: a stage is [channels, blocks, stride 1 or 2], got {stage!r}')
-    places = block_places(arch)
-    if len(arch.blocks) != len(places):
-        raise ValueError(f'arch has {len(arch.blocks)} blocks, but its stages ask for {len(places)}')
-    for (name, droppable), kernels in zip(places, arch.blocks, strict=True):
-        for kernel, _ in kernels:
-            if kernel not in KERNELS:
-                raise ValueError(
-                    f'arch: {name} has kernel size {kernel}; space "mbv2" has {", ".join(map(str, KERNELS))}'
-                )
-        if not kernels and not droppable:
-            raise ValueError(f'arch: {name} has no channels, and only residual blocks can be dropped')
-    return arch
-
-
-def _positive(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return check_blocks(arch, block_places(arch), KERNELS)
 
 
 def full_arch(stages: Stages, stem: int, head: int, width: float = 1.0) -> Arch:
@@ -239,40 +226,19 @@ def full_arch(stages: Stages, stem: int, head: int, width: float = 1.0) -> Arch:
     return Arch('mbv2', (('stem', stem), ('stages', stages), ('head', head)), tuple(blocks))
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        'input_size': (3, 224, 224),
-        'pool_size': (7, 7),
-        'crop_pct': 0.875,
-        'interpolation': 'bicubic',
-        'mean': (0.485, 0.456, 0.406),
-        'std': (0.229, 0.224, 0.225),
-        'num_classes': 1000,
-        'first_conv': 'conv_stem',
-        'classifier': 'classifier',
-        'license': 'apache-2.0',
-        **kwargs,
-    }
-
-
 default_cfgs = generate_default_cfgs(
     {
-        'supernet_mbv2.untrained': _cfg(),
-        'supernet_mbv2_tiny.untrained': _cfg(input_size=(3, 32, 32), pool_size=(1, 1), crop_pct=1.0, num_classes=10),
-        'superticket_mbv2.untrained': _cfg(),
+        'supernet_mbv2.untrained': describe(),
+        'supernet_mbv2_tiny.untrained': describe(
+            input_size=(3, 32, 32), pool_size=(1, 1), crop_pct=1.0, num_classes=10
+        ),
+        'superticket_mbv2.untrained': describe(),
     }
 )
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> MixedMobileNetV2:
-    model: MixedMobileNetV2 = build_model_with_cfg(
-        MixedMobileNetV2,
-        variant,
-        pretrained,
-        feature_cfg={'flatten_sequential': True},
-        pretrained_filter_fn=unpack_for_model,
-        **kwargs,
-    )
+    model: MixedMobileNetV2 = create(MixedMobileNetV2, variant, pretrained, {'flatten_sequential': True}, **kwargs)
     return model
 
 

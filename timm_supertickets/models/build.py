@@ -1,0 +1,81 @@
+"""What the spaces share: checks of an arch, timm's description of a model, and its construction."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from timm.models import build_model_with_cfg
+from torch import nn
+
+from ..arch import Arch
+from ..packing import unpack_for_model
+
+
+def describe(**changes: Any) -> dict[str, Any]:
+    """A `pretrained_cfg` for ImageNet's images and our layers' names, with changes."""
+    return {
+        'input_size': (3, 224, 224),
+        'pool_size': (7, 7),
+        'crop_pct': 0.875,
+        'interpolation': 'bicubic',
+        'mean': (0.485, 0.456, 0.406),
+        'std': (0.229, 0.224, 0.225),
+        'num_classes': 1000,
+        'first_conv': 'conv_stem',
+        'classifier': 'classifier',
+        'license': 'apache-2.0',
+        **changes,
+    }
+
+
+def create(cls: type[nn.Module], variant: str, pretrained: bool, feature_cfg: dict[str, Any], **kwargs: Any) -> Any:
+    """Build a registered model as timm does; its weights may be a packed ticket."""
+    return build_model_with_cfg(
+        cls, variant, pretrained, feature_cfg=feature_cfg, pretrained_filter_fn=unpack_for_model, **kwargs
+    )
+
+
+def carry_over(model: nn.Module, small: nn.Module) -> None:
+    """Give a rebuilt model what timm hangs on its models, and the training mode."""
+    for name in ('pretrained_cfg', 'default_cfg', 'pretrained_model_args', '_traits', '_model_args'):
+        if hasattr(model, name):
+            setattr(small, name, getattr(model, name))
+    small.train(model.training)
+
+
+def positive(value: Any) -> bool:
+    """Whether a value from a file is a whole number above zero."""
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def check_input(in_chans: int) -> None:
+    """Check the number of input channels.
+
+    Raises:
+        ValueError: It is below 1.
+    """
+    if in_chans < 1:
+        raise ValueError(f'in_chans must be at least 1, got {in_chans}')
+
+
+def check_blocks(arch: Arch, places: Sequence[tuple[str, bool]], kernels: Sequence[int]) -> Arch:
+    """Check the blocks of an arch against the places that its shape has for them.
+
+    Args:
+        arch: To be checked.
+        places: Per block its module path, and whether it can be dropped.
+        kernels: Kernel sizes of the space.
+
+    Raises:
+        ValueError: More or fewer blocks than places, a kernel size that the space has not, or a block without
+            channels that cannot be dropped.
+    """
+    if len(arch.blocks) != len(places):
+        raise ValueError(f'arch has {len(arch.blocks)} blocks, but its stages ask for {len(places)}')
+    for (name, droppable), block in zip(places, arch.blocks, strict=True):
+        for kernel, _ in block:
+            if kernel not in kernels:
+                choices = ', '.join(map(str, kernels))
+                raise ValueError(f'arch: {name} has kernel size {kernel}; space "{arch.space}" has {choices}')
+        if not block and not droppable:
+            raise ValueError(f'arch: {name} has no channels, and only residual blocks can be dropped')
+    return arch
