@@ -3,6 +3,7 @@ import copy
 import pytest
 import timm
 import torch
+from timm.models import group_parameters
 from torch.nn import functional as F
 
 from timm_supertickets import Arch, Ticket, load_ticket, prunable
@@ -256,3 +257,15 @@ def test_places_name_modules(tiny):
     for place in block_places(tiny.arch):
         assert tiny.get_submodule(place.mixed).conv_pwl.out_channels == place.out_chs
     assert Arch.from_json(tiny.arch.to_json()) == tiny.arch
+
+
+def test_parameter_groups_follow_the_forward_pass(tiny):
+    ids = group_parameters(tiny, tiny.group_matcher(), reverse=True)
+    first = {name.rsplit('.', 1)[0]: index for name, index in ids.items()}
+    path = ['conv_stem', 'stages.1.fuse.0.0.conv_pwl', 'stages.1.grow.0.shortcut', 'stages.1.branches.1.0.conv_pwl']
+    path += ['stages.2.fuse.0.1.shortcut', 'classifier']
+    order = [first[name] for name in path]
+    assert order == sorted(set(order))
+    assert first['head.conv'] == first['stages.3.branches.0.0.conv_pwl']
+    coarse = group_parameters(tiny, tiny.group_matcher(coarse=True), reverse=True)
+    assert len(set(coarse.values())) == 1 + 4 + 1

@@ -355,10 +355,14 @@ class MixedHRNet(nn.Module):
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Groups of layers, for layer-wise learning rates."""
-        return {
-            'stem': r'^conv_stem|bn1|conv2|bn2',
-            'blocks': [(r'^stages\.(\d+)' if coarse else r'^stages\.(\d+)\.(\w+)\.(\d+)', None), (r'^head', (99999,))],
-        }
+        stages: list[Any] = [(r'^stages\.(\d+)', None)]
+        if not coarse:  # fusion and growth come before the first blocks of the branches
+            stages = [
+                (r'^stages\.(\d+)\.fuse', (-2,)),
+                (r'^stages\.(\d+)\.grow', (-1,)),
+                (r'^stages\.(\d+)\.branches\.\d+\.(\d+)', None),
+            ]
+        return {'stem': r'^conv_stem|bn1|conv2|bn2', 'blocks': [*stages, (r'^head', (99999,))]}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trade compute for memory in the branches."""
