@@ -1,4 +1,5 @@
 import random
+import re
 
 import pytest
 import torch
@@ -201,8 +202,9 @@ def test_sparsity_out_of_range_is_refused(sparsity):
 
 
 def test_unknown_scope_is_refused_with_the_choices():
-    with pytest.raises(ValueError, match="'layer' is unknown; choose from global, tensor"):
-        prune(SCORES, 0.5, scope='layer')
+    for scope in ('layer', '', '2:4:8', ':4', '0:4', '5:4', '2:0', '-2:4', ' 2:4', '2:4\n'):
+        with pytest.raises(ValueError, match=re.escape(f'{scope!r} is unknown; choose from global, tensor, N:M')):
+            prune(SCORES, 0.5, scope=scope)
 
 
 @pytest.mark.parametrize('bad', [float('nan'), float('inf'), -float('inf')])
@@ -233,3 +235,94 @@ def test_a_target_below_what_is_dead_is_refused(scope):
 def test_a_mask_for_other_tensors_is_refused(within):
     with pytest.raises(ValueError, match=r"no entry of shape \(4,\) for '[ab]'"):
         prune(SCORES, 0.5, within=Mask(within))
+
+
+def test_pattern_by_hand():
+    scores = {
+        'linear': torch.tensor([[5.0, 1.0, 2.0, 8.0, 0.1, 0.4, 0.3, 0.2], [7.0, 7.0, 7.0, 7.0, 1.0, 2.0, 2.0, 1.0]]),
+        # inputs in flatten(1) order: channel, then kernel
+        'conv': torch.tensor([[[[4.0, 3.0]], [[2.0, 1.0]]]]),
+        'depthwise': torch.arange(18.0).view(2, 1, 3, 3),
+    }
+    mask = prune(scores, 0.5, scope='2:4')
+    # ties: the first die first
+    assert mask['linear'].int().tolist() == [[1, 0, 0, 1, 0, 1, 1, 0], [0, 0, 1, 1, 0, 1, 1, 0]]
+    assert mask['conv'].int().tolist() == [[[[1, 1]], [[0, 0]]]]
+    # 4 does not divide its 9 inputs: it lives, and counts
+    assert mask['depthwise'].all()
+    assert (mask.total, mask.alive) == (38, 28)
+    # 3 divides the depthwise inputs alone
+    mask = prune(scores, 2 / 3, scope='1:3')
+    assert mask['depthwise'].flatten(1).int().tolist() == [[0, 0, 1] * 3] * 2
+    assert mask['linear'].all()
+    assert mask['conv'].all()
+
+
+@pytest.mark.parametrize('seed', range(20))
+@pytest.mark.parametrize(('n', 'm'), [(2, 4), (1, 4), (3, 4), (1, 2), (4, 4), (1, 1), (2, 6)])
+def test_pattern_equals_sorting_each_group(seed, n, m):
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    shapes = [(rng.randint(1, 4), rng.randint(1, 9), *rng.choice([(), (1, 1), (2, 2), (3, 3)])) for _ in range(4)]
+    scores = {str(i): torch.randint(5, shape) for i, shape in enumerate([*shapes, (2, 3 * m)])}
+    within = {name: torch.rand(score.shape) > 0.1 for name, score in scores.items()}
+    expected, fits = {}, True
+    for name, score in scores.items():
+        rows, living = score.flatten(1).tolist(), within[name].flatten(1).tolist()
+        for row, alive in zip(rows, living, strict=True):
+            if len(row) % m:
+                expected.setdefault(name, []).append(alive)
+                continue
+            kept = [False] * len(row)
+            for start in range(0, len(row), m):
+                group = [i for i in range(start, start + m) if alive[i]]
+                fits &= len(group) >= n
+                for i in sorted(group, key=lambda i: (row[i], i))[-n:]:
+                    kept[i] = True
+            expected.setdefault(name, []).append(kept)
+    if not fits:
+        with pytest.raises(ValueError, match=rf"{n} of every {m} weights of '\d' should live"):
+            prune(scores, 1 - n / m, scope=f'{n}:{m}', within=Mask(within))
+        return
+    mask = prune(scores, 1 - n / m, scope=f'{n}:{m}', within=Mask(within))
+    assert {name: alive.flatten(1).tolist() for name, alive in mask.items()} == expected
+    assert {name: alive.shape for name, alive in mask.items()} == {name: s.shape for name, s in scores.items()}
+
+
+def test_pattern_of_a_channels_last_tensor_is_that_of_its_shape():
+    score = torch.rand(3, 8, 2, 2)
+    mask = prune({'a': score.contiguous(memory_format=torch.channels_last)}, 0.5, scope='2:4')
+    assert torch.equal(mask['a'], prune({'a': score}, 0.5, scope='2:4')['a'])
+
+
+def test_pattern_within_a_mask():
+    score = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
+    mask = prune({'a': score}, 0.5, scope='2:4', within=Mask({'a': torch.tensor([[True, True, True, False]])}))
+    assert mask['a'].tolist() == [[False, True, True, False]]
+    with pytest.raises(ValueError, match=r"2 of every 4 weights of 'a' should live"):
+        prune({'a': score}, 0.5, scope='2:4', within=Mask({'a': torch.tensor([[True, False, False, False]])}))
+    with pytest.raises(ValueError, match=r"no entry of shape \(1, 4\) for 'a'"):
+        prune({'a': score}, 0.5, scope='2:4', within=Mask())
+
+
+@pytest.mark.parametrize('sparsity', [0.0, 0.4, 0.51])
+def test_a_sparsity_that_is_not_the_patterns_is_refused(sparsity):
+    with pytest.raises(ValueError, match=rf'scope 2:4 means sparsity 0\.5, got {sparsity}'):
+        prune({'a': torch.rand(2, 8)}, sparsity, scope='2:4')
+
+
+def test_a_pattern_that_fits_nothing_is_refused():
+    with pytest.raises(ValueError, match='scope 2:4 fits no tensor: 4 divides the inputs of none'):
+        prune({'a': torch.rand(8, 6), 'b': torch.rand(4)}, 0.5, scope='2:4')
+
+
+def test_a_floor_above_the_pattern_is_refused():
+    scores = {'a': torch.rand(2, 4)}
+    assert count(prune(scores, 0.5, scope='2:4', floor=4)) == 4
+    with pytest.raises(ValueError, match="2:4 leaves 'a' 4 living weights, fewer than floor=5"):
+        prune(scores, 0.5, scope='2:4', floor=5)
+
+
+def test_pattern_scores_that_are_not_finite_are_refused():
+    with pytest.raises(ValueError, match="scores of 'a' are not finite"):
+        prune({'a': torch.full((2, 4), -torch.inf)}, 0.5, scope='2:4')

@@ -1,5 +1,6 @@
 """Prune: scores + sparsity + scope -> Mask, with exactly k dead weights."""
 
+import re
 from collections.abc import Mapping
 
 import torch
@@ -27,7 +28,9 @@ def prune(
         scores: Per prunable tensor a score for each weight, higher = more worth keeping.
         sparsity: Dead share of all weights, in [0, 1).
         scope: `'global'`: all weights compete; `'tensor'`: every tensor gets this sparsity, as nearly as
-            `floor` and `within` allow.
+            `floor` and `within` allow; `'N:M'`, e.g. `'2:4'`: exactly N live of every M consecutive weights of
+            `weight.flatten(1)`, the inputs of one output. Tensors whose inputs M does not divide, such as 3x3
+            depthwise ones for 4, lose nothing and still count in the mask's total. `sparsity` must be `1 - N / M`.
         floor: Living weights that every tensor keeps, whatever its scores (or all of them, if it has fewer).
         within: Only its living weights may live; what is dead in it stays dead and counts.
 
@@ -36,17 +39,21 @@ def prune(
 
     Raises:
         ValueError: Sparsity or scope out of range, scores that are not finite, or fewer weights free to die
-            than asked for.
+            than asked for. For `'N:M'` also a sparsity that is not the pattern's, a floor above it, a group with fewer
+            than N weights alive in `within`, or no tensor that M divides.
     """
     if not 0 <= sparsity < 1:
         raise ValueError(f'sparsity must be in [0, 1), got {sparsity}')
-    if scope not in SCOPES:
-        raise ValueError(f'scope {scope!r} is unknown; choose from {", ".join(SCOPES)}')
+    pattern = _pattern(scope)
+    if scope not in SCOPES and pattern is None:
+        raise ValueError(f'scope {scope!r} is unknown; choose from {", ".join(SCOPES)}, N:M (such as 2:4, N <= M)')
     for name, score in scores.items():
         if not torch.isfinite(score).all():
             raise ValueError(f'scores of {name!r} are not finite')
     if not scores:
         raise ValueError('nothing to prune: there are no scores')
+    if pattern is not None:
+        return _prune_groups(scores, sparsity, *pattern, floor, within)
     sizes = {name: score.numel() for name, score in scores.items()}
     dead = round(sparsity * sum(sizes.values()))
     ranks = {name: _protected(name, score, floor, within) for name, score in scores.items()}
@@ -60,13 +67,52 @@ def prune(
     )
 
 
-def _protected(name: str, score: Tensor, floor: int, within: Mask | None) -> Tensor:
-    """Scores in float, flat; -inf for what must stay dead, +inf for the tensor's best, which must live."""
+def _pattern(scope: str) -> tuple[int, int] | None:
+    """(N, M) of a scope 'N:M'; None if it is none."""
+    found = re.fullmatch(r'([1-9][0-9]*):([1-9][0-9]*)', scope)
+    n, m = map(int, found.groups()) if found else (1, 0)
+    return (n, m) if n <= m else None
+
+
+def _prune_groups(
+    scores: Mapping[str, Tensor], sparsity: float, n: int, m: int, floor: int, within: Mask | None
+) -> Mask:
+    """Let the best n of every m consecutive weights of an output live, where m divides its inputs."""
+    if abs(sparsity - (1 - n / m)) > 1e-6:
+        raise ValueError(f'scope {n}:{m} means sparsity {1 - n / m:g}, got {sparsity}')
+    mask = Mask()
+    for name, score in scores.items():
+        rank = _ranked(name, score, within)
+        alive = ~rank.isneginf()
+        if score.shape[1:].numel() % m == 0:
+            groups = alive.view(-1, m)
+            if (groups.sum(1) < n).any():
+                raise ValueError(
+                    f'{n} of every {m} weights of {name!r} should live, but in some groups fewer are alive'
+                )
+            if min(floor, score.numel()) > len(groups) * n:
+                raise ValueError(f'{n}:{m} leaves {name!r} {len(groups) * n} living weights, fewer than floor={floor}')
+            lowest = rank.view(-1, m).argsort(dim=1, stable=True)[:, : m - n]
+            alive = groups.scatter(1, lowest, False)
+        mask[name] = alive.view(score.shape)
+    if all(score.shape[1:].numel() % m for score in scores.values()):
+        raise ValueError(f'scope {n}:{m} fits no tensor: {m} divides the inputs of none')
+    return mask
+
+
+def _ranked(name: str, score: Tensor, within: Mask | None) -> Tensor:
+    """Scores in float, flat; -inf for what must stay dead."""
     rank = score.flatten().to(torch.promote_types(score.dtype, torch.float32))
-    if within is not None:
-        if name not in within or within[name].shape != score.shape:
-            raise ValueError(f'the mask to prune within has no entry of shape {tuple(score.shape)} for {name!r}')
-        rank = rank.masked_fill(~within[name].flatten().to(rank.device), -torch.inf)
+    if within is None:
+        return rank
+    if name not in within or within[name].shape != score.shape:
+        raise ValueError(f'the mask to prune within has no entry of shape {tuple(score.shape)} for {name!r}')
+    return rank.masked_fill(~within[name].flatten().to(rank.device), -torch.inf)
+
+
+def _protected(name: str, score: Tensor, floor: int, within: Mask | None) -> Tensor:
+    """Ranked scores, and +inf for the tensor's best, which must live."""
+    rank = _ranked(name, score, within)
     floor = min(floor, rank.numel() - int(rank.isneginf().sum()))
     return rank.masked_fill(_all_but_lowest(rank, rank.numel() - floor, name), torch.inf)
 
