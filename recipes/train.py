@@ -211,7 +211,6 @@ def draw(run: Run, state: State, target: float) -> None:
         ticket = Ticket.draw(state.best, state.mask, facts=facts, data_config=run.data.config)
         folder = ticket.save(run.report.output / name)
         score['bytes'] = sum(file.stat().st_size for file in folder.glob('*.safetensors'))
-        score['dense_bytes'] = sum(t.numel() * t.element_size() for t in ticket.weights.values())
     run.report.add(name=name, round=state.round, step=state.round * config.round_steps, loss=loss, **score)
 
 
@@ -227,6 +226,7 @@ def measure(run: Run, state: State) -> dict[str, Any]:
         'macs': cost.macs,
         'sparse_macs': cost.sparse_macs,
         'params': cost.params,
+        'dense_bytes': cost.dense_bytes,
     }
 
 

@@ -145,3 +145,15 @@ def test_modes_and_hooks_also_after_an_error():
 def test_other_dtypes():
     model = timm.create_model('supernet_mbv2_tiny', dtype=torch.float64)
     assert model_cost(model, TINY).macs == model_cost(model.float(), TINY).macs
+
+
+def test_bytes_by_hand():
+    net = nn.Sequential(nn.Conv2d(1, 2, 3, bias=False), nn.BatchNorm2d(2))
+    alive = torch.zeros(2, 1, 3, 3, dtype=torch.bool)
+    alive[0, 0, 0] = True
+    cost = model_cost(net, (1, 5, 5), {'0.weight': alive})
+    # 18 weights, 4 parameters, 4 running statistics of 4 bytes, one counter of 8 bytes
+    assert cost.dense_bytes == (18 + 4 + 4) * 4 + 8
+    # 3 living weights of 4 bytes and 18 bits in 3 bytes instead of the 18 weights
+    assert cost.packed_bytes == cost.dense_bytes - 18 * 4 + 3 * 4 + 3
+    assert (cost.dead, cost.prunable) == (15, 18)

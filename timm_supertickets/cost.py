@@ -49,12 +49,16 @@ class Cost:
         params: Parameters, everything counted.
         dead: Dead weights.
         prunable: Weights that the mask may zero.
+        dense_bytes: Size of the state_dict, zeros in place.
+        packed_bytes: The same with living weights and a bit per prunable weight instead; both without file headers.
     """
 
     layers: tuple[LayerCost, ...]
     params: int
     dead: int
     prunable: int
+    dense_bytes: int
+    packed_bytes: int
 
     @property
     def macs(self) -> int:
@@ -95,11 +99,19 @@ def model_cost(model: nn.Module, input_size: tuple[int, int, int], mask: Mapping
         alive = mask.get(f'{name}.weight')
         layers.append(LayerCost(name, weights, weights if alive is None else int(alive.sum()), positions))
     total = sum(alive.numel() for alive in mask.values())
+    tensors = model.state_dict()
+    dense = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    saved = sum(
+        (alive.numel() - int(alive.sum())) * tensors[name].element_size() - -(-alive.numel() // 8)
+        for name, alive in mask.items()
+    )
     return Cost(
         layers=tuple(layers),
         params=sum(param.numel() for param in model.parameters()),
         dead=total - sum(int(alive.sum()) for alive in mask.values()),
         prunable=total,
+        dense_bytes=dense,
+        packed_bytes=dense - saved,
     )
 
 
