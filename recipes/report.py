@@ -71,9 +71,10 @@ class Report:
 
     def step(self, text: str) -> None:
         """One more step; `text` says what is under way."""
-        if self._bar.desc != text:
-            self._bar.set_description_str(text, refresh=False)
-        self._bar.update()
+        if not self._bar.disable:
+            if self._bar.desc != text:
+                self._bar.set_description_str(text, refresh=False)
+            self._bar.update()
 
     def finite(self, loss: float, text: str) -> float:
         """The loss, if it is a number.
