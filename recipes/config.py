@@ -9,9 +9,6 @@ from typing import Any, Literal
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from timm_supertickets.sparsity.prune import SCOPES
-from timm_supertickets.sparsity.reactivate import REACTIVATIONS
-
 CONFIGS = Path(__file__).parent / 'configs'
 
 
@@ -149,8 +146,6 @@ class Config:
             _in_range(name, getattr(self, name), [0 < getattr(self, name) <= 1], 'in (0, 1]')
         _in_range('ratio', self.ratio, [self.ratio >= 1], 'at least 1')
         _in_range('in_chans', self.in_chans, [self.in_chans in (1, 3)], '1 or 3')
-        assert self.scope in SCOPES
-        assert self.reactivation in REACTIVATIONS
 
     @property
     def steps(self) -> int:

@@ -59,6 +59,15 @@ def test_bad_input_is_one_clear_line(argv, says):
     assert '\n' not in str(caught.value)
 
 
+def test_help_says_what_every_key_means(capsys):
+    with pytest.raises(SystemExit) as done:
+        parse(['--help'])
+    assert done.value.code == 0
+    text = ' '.join(capsys.readouterr().out.split())
+    assert 'Sparsities at which a ticket is drawn, rising.' in text
+    assert 'Rounds of the trunk; an event follows each.' in text
+
+
 def test_unknown_key_in_a_file_names_file_and_choices(tmp_path):
     file = tmp_path / 'mine.yaml'
     file.write_text('round_step: 3\n')

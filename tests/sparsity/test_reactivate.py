@@ -4,11 +4,7 @@ from torch import nn
 
 from timm_supertickets import Mask
 from timm_supertickets.sparsity.prune import prune
-from timm_supertickets.sparsity.reactivate import REACTIVATIONS, regrow, reset
-
-
-def test_names():
-    assert REACTIVATIONS == ('none', 'reset', 'regrow')
+from timm_supertickets.sparsity.reactivate import regrow, reset
 
 
 def test_reset_opens_everything():

@@ -8,8 +8,6 @@ from torch import Tensor
 from .mask import Mask
 from .prune import prune
 
-REACTIVATIONS = ('none', 'reset', 'regrow')
-
 
 def reset(mask: Mask) -> Mask:
     """Open the mask: all weights train until the next event, the dead ones from zero.
