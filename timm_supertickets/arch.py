@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .channels import ChannelGroup
+from .channels import TOKENS, ChannelGroup
 
 Kernels = tuple[tuple[int, int], ...]
 
@@ -20,20 +20,24 @@ class Arch:
         shape: What all members share (widths between the blocks, strides), as `{name: value}`.
             Stored as nested tuples, so that an `Arch` can be hashed, compared and deep-copied.
         blocks: Per block in network order `{kernel size: hidden channels}`; `{}` is a dropped block.
+        tokens: Per block the tokens of its attention path, 0 for none; empty where the space has no such path.
 
     Raises:
-        ValueError: A kernel size that is not odd, or a channel count that is not positive.
+        ValueError: A kernel size that is not odd, a channel count that is not positive, or tokens for other than the
+            blocks.
     """
 
     space: str
     shape: tuple[tuple[str, Any], ...]
     blocks: tuple[Kernels, ...]
+    tokens: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.space, str):
             raise ValueError(f'arch: space must be a name such as "mbv2", got {self.space!r}')
         object.__setattr__(self, 'shape', _frozen_shape(self.shape))
         object.__setattr__(self, 'blocks', _frozen_blocks(self.blocks))
+        object.__setattr__(self, 'tokens', _frozen_tokens(self.tokens, len(self.blocks)))
 
     def __getitem__(self, name: str) -> Any:
         """A value of the shape by its name."""
@@ -49,19 +53,24 @@ class Arch:
             groups: The model's channel groups.
             keep: Per gate, a bool tensor over its channels; groups without an entry stay whole.
         """
-        blocks = list(self.blocks)
+        blocks, tokens = list(self.blocks), list(self.tokens)
         for group in groups:
             if group.gate in keep:
-                blocks[group.block] = group.kept_kernels(keep[group.gate])
-        return Arch(self.space, self.shape, tuple(blocks))
+                kept = group.kept_kernels(keep[group.gate])
+                if TOKENS in dict(group.kernels):
+                    tokens[group.block] = dict(kept).get(TOKENS, 0)
+                else:
+                    blocks[group.block] = kept
+        return Arch(self.space, self.shape, tuple(blocks), tuple(tokens))
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; `from_json` is its inverse."""
-        return {
+        data: dict[str, Any] = {
             'space': self.space,
             'shape': {key: _thawed(value) for key, value in self.shape},
             'blocks': [{str(kernel): channels for kernel, channels in block} for block in self.blocks],
         }
+        return {**data, 'tokens': list(self.tokens)} if self.tokens else data
 
     @staticmethod
     def from_json(data: Any) -> 'Arch':
@@ -72,10 +81,10 @@ class Arch:
         """
         if isinstance(data, Arch):
             return data
-        if not isinstance(data, Mapping) or set(data) != {'space', 'shape', 'blocks'}:
+        if not isinstance(data, Mapping) or set(data) - {'tokens'} != {'space', 'shape', 'blocks'}:
             found = sorted(map(str, data)) if isinstance(data, Mapping) else type(data).__name__
             raise ValueError(f'arch: expected the keys blocks, shape and space, got {found}')
-        return Arch(data['space'], data['shape'], data['blocks'])
+        return Arch(data['space'], data['shape'], data['blocks'], data.get('tokens', ()))
 
 
 def _frozen_shape(shape: Any) -> tuple[tuple[str, Any], ...]:
@@ -102,6 +111,14 @@ def _frozen_blocks(blocks: Any) -> tuple[Kernels, ...]:
     if not isinstance(blocks, Sequence) or isinstance(blocks, str):
         raise ValueError(f'arch: blocks must be a list of {{kernel size: channels}}, got {blocks!r}')
     return tuple(_frozen_kernels(index, block) for index, block in enumerate(blocks))
+
+
+def _frozen_tokens(tokens: Any, blocks: int) -> tuple[int, ...]:
+    if not isinstance(tokens, Sequence) or not all(isinstance(n, int) and not isinstance(n, bool) for n in tokens):
+        raise ValueError(f'arch: tokens must be a list of numbers, got {tokens!r}')
+    if tokens and (len(tokens) != blocks or min(tokens) < 0):
+        raise ValueError(f'arch: tokens must be {blocks} numbers from 0, one per block, got {list(tokens)}')
+    return tuple(tokens)
 
 
 def _frozen_kernels(index: int, block: Any) -> Kernels:

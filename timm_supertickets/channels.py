@@ -11,6 +11,10 @@ Keep = dict[str, Tensor]
 """A keep plan: gate name -> bool tensor over the group's channels, True = lives on."""
 
 
+TOKENS = 0
+"""Stands for the kernel size of tokens, which see the whole map."""
+
+
 class Member(NamedTuple):
     """Dimension `dim` of tensor `name` runs along channels `start` to `stop` of its group."""
 
@@ -28,11 +32,12 @@ class ChannelGroup:
         block: Index of the block in the arch.
         gate: Name of the batch-norm scale whose magnitude is the channel's importance.
         shift: Name of the batch-norm shift beside it. A gate that is zero silences a channel only with its shift.
-        kernels: `(kernel size, channels)` in the order of the axis.
+        kernels: `(kernel size, channels)` in the order of the axis; for tokens `((TOKENS, tokens),)`.
         members: Every tensor that is thinned with the gate, the gate included.
         inside: Prefix of all tensors of the block, which go when no channel is left.
         output: Scale and shift of the block's last batch norm, silenced with a dropped block; empty if the
             block cannot be dropped (it is not residual).
+        shared: Weights that are no members, but are used once for every channel.
     """
 
     block: int
@@ -42,6 +47,7 @@ class ChannelGroup:
     members: tuple[Member, ...]
     inside: str
     output: tuple[str, ...]
+    shared: tuple[str, ...] = ()
 
     @property
     def channels(self) -> int:

@@ -124,7 +124,7 @@ def channel_macs(groups: Iterable[ChannelGroup], cost: Cost) -> dict[str, Tensor
 
     Returns:
         Per gate a float64 tensor over its channels. Channels that die save exactly this, since a block's cost is
-        linear in its hidden channels.
+        linear in its hidden channels; the last token saves what encodes the map for the tokens as well.
     """
     macs = {f'{layer.name}.weight': layer.macs for layer in cost.layers}
     found = {}
@@ -132,6 +132,7 @@ def channel_macs(groups: Iterable[ChannelGroup], cost: Cost) -> dict[str, Tensor
         per_channel = torch.zeros(group.channels, dtype=torch.float64)
         for name, _, start, stop in group.members:
             per_channel[start:stop] += macs.get(name, 0) / (stop - start)
+        per_channel += sum(macs.get(name, 0) for name in group.shared) / group.channels
         found[group.gate] = per_channel
     return found
 

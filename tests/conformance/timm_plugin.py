@@ -33,11 +33,12 @@ def thinned(arch: Arch, *dropped: int) -> Arch:
     blocks = [pairs if i % 2 else pairs[1:] for i, pairs in enumerate(arch.blocks)]
     for index in dropped:
         blocks[index] = ()
-    return Arch(arch.space, arch.shape, tuple(blocks))
+    return Arch(arch.space, arch.shape, tuple(blocks), arch.tokens)
 
 
 MBV2 = thinned(mbv2.full_arch(mbv2.TINY, 16, 128), 2)  # the second block of a stage, a residual one
-HR = thinned(hr.full_arch(hr.TINY, (8, 8), (12, 16, 24, 32, 128), 24, 'classify'), 1, 3)  # a residual, a projected one
+# a residual and a projected one are dropped; tokens stand beside the rest
+HR = thinned(hr.full_arch(hr.TINY, (8, 8), (12, 16, 24, 32, 128), 24, 'classify', tokens=2), 1, 3)
 
 _SMALL = {'input_size': (3, 32, 32), 'pool_size': (1, 1), 'crop_pct': 1.0, 'num_classes': 10}
 default_cfgs = generate_default_cfgs({'drawn_mbv2.st': describe(**_SMALL), 'drawn_hr.st': describe(**_SMALL)})

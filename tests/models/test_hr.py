@@ -1,4 +1,5 @@
 import copy
+import json
 
 import pytest
 import timm
@@ -115,32 +116,72 @@ def test_fused_net_equals_the_sum_of_branches(head, training):
 
 
 def random_keep(net, seed=0):
-    """Half of the channels die; so do one kernel size, one residual block and one projected block as a whole."""
+    """Half of the channels die; so do a kernel size, a residual and a projected block as a whole, and one's tokens."""
     torch.manual_seed(seed)
     groups = net.channel_groups()
     keep = {group.gate: torch.rand(group.channels) > 0.5 for group in groups}
-    keep[groups[3].gate][: groups[3].kernels[0][1]] = False
+    places = {place.mixed: place for place in block_places(net.arch)}
+    mixed = [group for group in groups if not group.gate.endswith('tokens.bn2.weight')]
+    keep[mixed[3].gate][: mixed[3].kernels[0][1]] = False
     for residual in (True, False):
-        dropped = next(group for group in groups[1:] if group.gate.endswith('block.bn2.weight') != residual)
+        dropped = next(g for g in mixed[1:] if places[g.gate.removesuffix('.bn2.weight')].is_residual == residual)
         keep[dropped.gate][:] = False
+    for group in groups:
+        if group.gate.endswith('tokens.bn2.weight') and group.block == 2:
+            keep[group.gate][:] = False
     check_keep(groups, keep)
     return keep
 
 
+@pytest.mark.parametrize('tokens', [0, 6])
 @pytest.mark.parametrize('head', ['classify', 'dense'])
-def test_shrunk_net_equals_the_gated_one(head):
+def test_shrunk_net_equals_the_gated_one(head, tokens):
     torch.manual_seed(0)
-    net = timm.create_model('supernet_hr_tiny', head=head).double()
+    net = timm.create_model('supernet_hr_tiny', head=head, tokens=tokens).double()
     x = torch.randn(4, 3, 64, 64, dtype=torch.float64)
     net(x)  # batch norm has seen something
     keep = random_keep(net)
     small = shrink(net, keep)
     gate_(net, keep)
-    assert sum(p.numel() for p in small.parameters()) < 0.7 * sum(p.numel() for p in net.parameters())
+    assert sum(g.channels for g in small.channel_groups()) < 0.6 * sum(g.channels for g in net.channel_groups())
     for training in (True, False):
         net.train(training), small.train(training)
         expected, out = net(x), small(x)
         assert ((out - expected).abs().max() / expected.abs().max()) < 1e-12
+
+
+def test_tokens_stand_beside_every_block_and_are_searched():
+    net = timm.create_model('supernet_hr_tiny', tokens=6)
+    arch = net.arch
+    assert arch.tokens == (6,) * len(arch.blocks)
+    assert Arch.from_json(json.loads(json.dumps(arch.to_json()))) == arch
+    groups = net.channel_groups()
+    assert len(groups) == 2 * len(arch.blocks)
+    keep = {group.gate: torch.ones(group.channels, dtype=torch.bool) for group in groups}
+    first, second = (group for group in groups if group.gate.endswith('tokens.bn2.weight') and group.block in (1, 2))
+    keep[first.gate][[0, 4]] = False
+    keep[second.gate][:] = False
+    small = shrink(net, keep).arch
+    assert small.tokens == (6, 4, 0, *(6,) * (len(arch.blocks) - 3))
+    assert small.blocks == arch.blocks
+
+
+def test_without_tokens_the_net_has_no_trace_of_them(tiny):
+    assert tiny.arch.tokens == ()
+    assert 'tokens' not in tiny.arch.to_json()
+    assert not [name for name in tiny.state_dict() if 'tokens' in name]
+
+
+def test_a_dying_token_saves_what_it_costs():
+    size = (3, 32, 32)
+    net = timm.create_model('supernet_hr_tiny', tokens=6)
+    groups, cost = net.channel_groups(), model_cost(net, size)
+    macs = channel_macs(groups, cost)
+    group = next(g for g in groups if g.gate == 'stages.1.grow.0.tokens.bn2.weight')
+    # 64 long; query, output and both layers of the perceptron once per token, then 64 positions of 12 channels
+    assert macs[group.gate].tolist() == [2 * 64 * 64 + 2 * 64 * 128 + 64 * 12] * 6
+    keep = {group.gate: torch.tensor([True, False, False, True, True, True])}
+    assert model_cost(shrink(net, keep), size).macs == cost.macs - 2 * macs[group.gate][0]
 
 
 def test_dying_channels_save_what_they_cost(tiny):
@@ -153,10 +194,11 @@ def test_dying_channels_save_what_they_cost(tiny):
     assert model_cost(shrink(tiny, keep), size).macs <= 0.4 * cost.macs
 
 
+@pytest.mark.parametrize('tokens', [0, 3])
 @pytest.mark.parametrize('head', ['classify', 'dense'])
-def test_ticket_goes_through_its_folder(tmp_path, head):
+def test_ticket_goes_through_its_folder(tmp_path, head, tokens):
     torch.manual_seed(0)
-    net = timm.create_model('supernet_hr_tiny', head=head, num_classes=7)
+    net = timm.create_model('supernet_hr_tiny', head=head, num_classes=7, tokens=tokens)
     net = shrink(net, random_keep(net))
     ticket = Ticket.draw(net, prune(magnitude(net), 0.8))
     folder = ticket.save(tmp_path / 'ticket')
@@ -199,15 +241,16 @@ def test_pruned_layers_leave_the_features_and_no_unused_parameter(tiny, indices)
     assert [name for name, param in net.named_parameters() if param.grad is None] == []
 
 
-def test_grad_checkpointing_and_scripting_change_nothing(tiny):
+@pytest.mark.parametrize('tokens', [0, 2])
+def test_grad_checkpointing_and_scripting_change_nothing(tokens):
+    net = timm.create_model('supernet_hr_tiny', tokens=tokens).eval()
     x = torch.randn(2, 3, 64, 64)
-    expected = tiny(x)
-    net = copy.deepcopy(tiny)
+    expected = net(x)
+    with pytest.warns(FutureWarning, match='deprecated'):
+        scripted = torch.jit.script(net)
+    torch.testing.assert_close(scripted(x), expected)
     net.set_grad_checkpointing()
     torch.testing.assert_close(net(x), expected)
-    with pytest.warns(FutureWarning, match='deprecated'):
-        scripted = torch.jit.script(tiny)
-    torch.testing.assert_close(scripted(x), expected)
 
 
 def test_odd_sizes_go_through(tiny):
@@ -229,9 +272,12 @@ def changed(**changes):
         (changed(shape={'stages': [[[1], [8, 8]]]}), r'a stage is \[\[blocks per branch\], \[channels per branch\]\]'),
         (changed(shape={'head': [1, 2]}), r"head for 'classify' must be 5 numbers of channels"),
         (changed(blocks=[]), r'arch has 0 blocks, but its stages ask for \d+'),
-        (changed(shape={'width': 3}), r'shape of space "hr" has stem, stages, head and task'),
+        (changed(shape={'width': 3}), r'shape of space "hr" has stem, stages, head and task, and may have tokens'),
+        (changed(shape={'tokens': 3}), r'tokens per block and "tokens" in the shape belong together'),
+        (changed(shape={'tokens': 0}), r'tokens must be a positive number, got 0'),
+        (changed(tokens=[3]), r'tokens must be \d+ numbers from 0, one per block, got \[3\]'),
     ],
-    ids=['space', 'task', 'stem', 'stage', 'head', 'blocks', 'shape'],
+    ids=['space', 'task', 'stem', 'stage', 'head', 'blocks', 'shape', 'no tokens', 'zero tokens', "one block's tokens"],
 )
 def test_arch_of_another_kind_is_one_clear_line(arch, says):
     with pytest.raises(ValueError, match=says) as caught:
@@ -251,12 +297,20 @@ def test_each_space_refuses_the_other(tiny):
         timm.create_model('superticket_mbv2', arch=tiny.arch)
     with pytest.raises(ValueError, match='in_chans must be at least 1, got 0'):
         timm.create_model('supernet_hr_tiny', in_chans=0)
+    with pytest.raises(ValueError, match='tokens must be at least 0, got -1'):
+        timm.create_model('supernet_hr_tiny', tokens=-1)
+    with pytest.raises(ValueError, match='an image of 64x31 is smaller than the stride of 32') as caught:
+        tiny(torch.randn(1, 3, 64, 31))
+    assert '\n' not in str(caught.value)
 
 
-def test_places_name_modules(tiny):
-    for place in block_places(tiny.arch):
-        assert tiny.get_submodule(place.mixed).conv_pwl.out_channels == place.out_chs
-    assert Arch.from_json(tiny.arch.to_json()) == tiny.arch
+@pytest.mark.parametrize('tokens', [0, 2])
+def test_places_name_modules(tokens):
+    net = timm.create_model('supernet_hr_tiny', tokens=tokens)
+    for place in block_places(net.arch):
+        assert net.get_submodule(place.mixed).conv_pwl.out_channels == place.out_chs
+        assert not tokens or net.get_submodule(place.tokens).conv_out.out_channels == place.out_chs
+    assert Arch.from_json(net.arch.to_json()) == net.arch
 
 
 def test_parameter_groups_follow_the_forward_pass(tiny):

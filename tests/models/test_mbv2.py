@@ -229,6 +229,20 @@ def test_features_of_a_net_with_dropped_blocks():
     assert only.feature_info.reduction() == [2, 4, 8, 16, 32]
 
 
+@pytest.mark.parametrize(('settings', 'stride'), [({}, 32), ({'output_stride': 8}, 8)])
+def test_an_image_smaller_than_the_stride_is_one_clear_line(settings, stride):
+    net = timm.create_model('supernet_mbv2_tiny', **settings).eval()
+    assert net(torch.randn(1, 3, stride, stride + 1)).shape == (1, 10)
+    with pytest.raises(
+        ValueError, match=f'an image of {stride - 1}x40 is smaller than the stride of {stride}'
+    ) as caught:
+        net(torch.randn(1, 3, stride - 1, 40))
+    assert '\n' not in str(caught.value)
+    traced = torch.fx.symbolic_trace(net)
+    with pytest.raises(ValueError, match='is smaller than the stride'):
+        traced(torch.randn(1, 3, stride - 1, 40))
+
+
 @pytest.mark.parametrize('extra_blocks', [False, True])
 @pytest.mark.parametrize('make', [small, tiny])
 def test_prune_intermediate_layers(make, extra_blocks):

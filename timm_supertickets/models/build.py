@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from timm.models import build_model_with_cfg
-from torch import nn
+from torch import Tensor, nn
 
 from ..arch import Arch
 from ..packing import unpack_for_model
@@ -57,6 +57,16 @@ def check_input(in_chans: int) -> None:
         raise ValueError(f'in_chans must be at least 1, got {in_chans}')
 
 
+def check_size(x: Tensor, stride: int) -> None:
+    """Check that an image is not smaller than what one value of the last map stands for.
+
+    Raises:
+        ValueError: It is.
+    """
+    if min(x.shape[-2], x.shape[-1]) < stride:
+        raise ValueError(f'an image of {x.shape[-2]}x{x.shape[-1]} is smaller than the stride of {stride}; resize it')
+
+
 def check_blocks(arch: Arch, places: Sequence[tuple[str, bool]], kernels: Sequence[int]) -> Arch:
     """Check the blocks of an arch against the places that its shape has for them.
 
@@ -66,8 +76,8 @@ def check_blocks(arch: Arch, places: Sequence[tuple[str, bool]], kernels: Sequen
         kernels: Kernel sizes of the space.
 
     Raises:
-        ValueError: More or fewer blocks than places, a kernel size that the space has not, or a block without
-            channels that cannot be dropped.
+        ValueError: More or fewer blocks than places, a kernel size that the space has not, a block without
+            channels that cannot be dropped, or tokens where the shape has none.
     """
     if len(arch.blocks) != len(places):
         raise ValueError(f'arch has {len(arch.blocks)} blocks, but its stages ask for {len(places)}')
@@ -78,4 +88,6 @@ def check_blocks(arch: Arch, places: Sequence[tuple[str, bool]], kernels: Sequen
                 raise ValueError(f'arch: {name} has kernel size {kernel}; space "{arch.space}" has {choices}')
         if not block and not droppable:
             raise ValueError(f'arch: {name} has no channels, and only residual blocks can be dropped')
+    if bool(arch.tokens) != any(name == 'tokens' for name, _ in arch.shape):
+        raise ValueError('arch: tokens per block and "tokens" in the shape belong together; only one of them is there')
     return arch

@@ -28,9 +28,12 @@ from torch import Tensor, nn
 from torch.jit import is_scripting  # type: ignore[attr-defined]
 
 from ..arch import Arch
+from ..attention import AttendedBlock, TokenPath, token_group
 from ..channels import ChannelGroup
 from ..layers import DroppedBlock, MixedBlock, block_group, residual
-from .build import carry_over, check_blocks, check_input, create, describe, positive
+from .build import carry_over, check_blocks, check_input, check_size, create, describe, positive
+
+torch.fx.wrap('check_size')
 
 KERNELS = (3, 5, 7)
 EXPAND_RATIO = 4
@@ -50,12 +53,13 @@ TINY: Stages = (((1,), (8,)), ((1, 1), (8, 12)), ((1, 1, 1), (8, 12, 16)), ((1, 
 
 
 class Place(NamedTuple):
-    """Where a block of the arch sits: module path, input and output channels, stride."""
+    """Where a block of the arch sits: module path, input and output channels, stride, tokens beside it or not."""
 
     path: str
     in_chs: int
     out_chs: int
     stride: int
+    attended: bool
 
     @property
     def is_residual(self) -> bool:
@@ -65,7 +69,13 @@ class Place(NamedTuple):
     @property
     def mixed(self) -> str:
         """Module path of the mixed-kernel block."""
-        return self.path if self.is_residual else f'{self.path}.block'
+        inner = f'{self.path}.block' if self.attended else self.path
+        return inner if self.is_residual else f'{inner}.block'
+
+    @property
+    def tokens(self) -> str:
+        """Module path of the tokens beside it."""
+        return f'{self.path}.tokens'
 
 
 class ProjectedBlock(nn.Module):
@@ -273,14 +283,15 @@ class MixedHRNet(nn.Module):
         norm_act_layer = get_norm_act_layer(norm_layer, act_layer)
         blocks = {
             place.path: _make_block(
+                arch,
                 place,
-                dict(kernels),
+                index,
                 act_layer=act_layer,
                 norm_layer=norm_layer,
                 drop_path_rate=drop_path_rate * index / len(arch.blocks),
                 **dd,
             )
-            for index, (place, kernels) in enumerate(zip(block_places(arch), arch.blocks, strict=True))
+            for index, place in enumerate(block_places(arch))
         }
 
         stem1, stem2 = arch['stem']
@@ -305,6 +316,8 @@ class MixedHRNet(nn.Module):
             {'num_chs': chs, 'reduction': 4 * 2**i, 'module': f'stages.{len(stages) - 1}.branches.{i}'}
             for i, chs in enumerate(widths)
         ]
+
+        self.stride: int = self.feature_info[-1]['reduction']
 
         self.num_features = self.head_hidden_size = arch['head'][-1]
         if arch['task'] == 'classify':
@@ -331,12 +344,14 @@ class MixedHRNet(nn.Module):
             self.classifier = nn.Conv2d(self.num_features, num_classes, 1, **dd) if num_classes > 0 else nn.Identity()
 
     def channel_groups(self) -> tuple[ChannelGroup, ...]:
-        """One group per block that is not dropped, in network order; every block can be dropped."""
-        return tuple(
-            block_group(place.mixed, index, kernels, droppable=True)
-            for index, (place, kernels) in enumerate(zip(block_places(self.arch), self.arch.blocks, strict=True))
-            if kernels
-        )
+        """One group per block that is not dropped, and one for its tokens, in network order; all can be dropped."""
+        groups = []
+        for index, (place, kernels) in enumerate(zip(block_places(self.arch), self.arch.blocks, strict=True)):
+            if kernels:
+                groups.append(block_group(place.mixed, index, kernels, droppable=True))
+            if self.arch.tokens and self.arch.tokens[index]:
+                groups.append(token_group(place.tokens, index, self.arch.tokens[index]))
+        return tuple(groups)
 
     def rebuild(self, arch: Arch) -> 'MixedHRNet':
         """A net of another member with this one's settings, freshly initialised, on the same device and dtype."""
@@ -386,6 +401,7 @@ class MixedHRNet(nn.Module):
 
     def forward_branches(self, x: Tensor) -> list[Tensor]:
         """The branch pyramid: `(N, C_i, H / 4 / 2^i, W / 4 / 2^i)` each."""
+        check_size(x, self.stride)
         x = self.bn1(self.conv_stem(x))
         x = self.bn2(self.conv2(x))
         xs: list[Tensor] = [x]
@@ -452,7 +468,18 @@ class MixedHRNet(nn.Module):
         return list(take)
 
 
-def _make_block(place: Place, kernels: dict[int, int], device: Any, dtype: Any, **settings: Any) -> nn.Module:
+def _make_block(arch: Arch, place: Place, index: int, norm_layer: LayerType, **settings: Any) -> nn.Module:
+    block = _make_mixed(place, dict(arch.blocks[index]), norm_layer=norm_layer, **settings)
+    if not place.attended:
+        return block
+    dd = {'device': settings['device'], 'dtype': settings['dtype']}
+    tokens = arch.tokens[index]
+    return AttendedBlock(
+        block, TokenPath(place.in_chs, place.out_chs, arch['tokens'], tokens, norm_layer, **dd) if tokens else None
+    )
+
+
+def _make_mixed(place: Place, kernels: dict[int, int], device: Any, dtype: Any, **settings: Any) -> nn.Module:
     dd = {'device': device, 'dtype': dtype}
     if not kernels and place.is_residual:
         return DroppedBlock(place.in_chs)
@@ -476,25 +503,39 @@ def _neighbours(i: int, fused: int) -> range:
 
 def block_places(arch: Arch) -> list[Place]:
     """Where every block of the arch sits, in network order."""
-    places = []
+    places: list[Place] = []
+
+    def add(path: str, in_chs: int, out_chs: int, stride: int) -> None:
+        places.append(Place(path, in_chs, out_chs, stride, attended=bool(_tokens(arch))))
+
     inputs: Sequence[int] = (arch['stem'][-1],)
     for stage, (depths, widths) in enumerate(arch['stages']):
         name = f'stages.{stage}'
         fused = len(inputs)
         for i in range(fused):
             for k, j in enumerate(_neighbours(i, fused)):
-                places.append(Place(f'{name}.fuse.{i}.{k}', inputs[j], widths[i], 2 ** max(0, i - j)))
+                add(f'{name}.fuse.{i}.{k}', inputs[j], widths[i], 2 ** max(0, i - j))
         for i in range(fused, len(widths)):
-            places.append(Place(f'{name}.grow.{i - fused}', widths[i - 1], widths[i], 2))
+            add(f'{name}.grow.{i - fused}', widths[i - 1], widths[i], 2)
         for i, (depth, width) in enumerate(zip(depths, widths, strict=True)):
-            places += [Place(f'{name}.branches.{i}.{b}', width, width, 1) for b in range(depth)]
+            for b in range(depth):
+                add(f'{name}.branches.{i}.{b}', width, width, 1)
         inputs = widths
     if arch['task'] == 'dense':
-        return [*places, Place('head.block', sum(inputs), arch['head'][-1], 1)]
+        add('head.block', sum(inputs), arch['head'][-1], 1)
+        return places
     wide = arch['head'][:-1]
-    places += [Place(f'head.widen.{i}', a, b, 1) for i, (a, b) in enumerate(zip(inputs, wide, strict=True))]
-    places += [Place(f'head.down.{i}', a, b, 2) for i, (a, b) in enumerate(pairwise(wide))]
+    for i, (a, b) in enumerate(zip(inputs, wide, strict=True)):
+        add(f'head.widen.{i}', a, b, 1)
+    for i, (a, b) in enumerate(pairwise(wide)):
+        add(f'head.down.{i}', a, b, 2)
     return places
+
+
+def _tokens(arch: Arch) -> int:
+    """Maps that every block's tokens look at; 0 where the arch has no tokens."""
+    tokens: int = dict(arch.shape).get('tokens', 0)
+    return tokens
 
 
 def check_arch(arch: Arch) -> Arch:
@@ -505,9 +546,11 @@ def check_arch(arch: Arch) -> Arch:
     """
     if arch.space != 'hr':
         raise ValueError(f'arch is of space {arch.space!r}, this model takes space "hr"')
-    if {name for name, _ in arch.shape} != {'stem', 'stages', 'head', 'task'}:
-        names = [name for name, _ in arch.shape]
-        raise ValueError(f'arch: shape of space "hr" has stem, stages, head and task, got {names}')
+    names = [name for name, _ in arch.shape]
+    if {*names} - {'tokens'} != {'stem', 'stages', 'head', 'task'}:
+        raise ValueError(f'arch: shape of space "hr" has stem, stages, head and task, and may have tokens, got {names}')
+    if 'tokens' in names and not positive(arch['tokens']):
+        raise ValueError(f'arch: tokens must be a positive number, got {arch["tokens"]!r}')
     if arch['task'] not in HEADS:
         raise ValueError(f'arch: task {arch["task"]!r} is unknown; choose from {", ".join(HEADS)}')
     if not (_widths(arch['stem']) and len(arch['stem']) == 2):
@@ -535,7 +578,13 @@ def _widths(value: Any) -> bool:
 
 
 def full_arch(
-    stages: Stages, stem: tuple[int, int], head: tuple[int, ...], dense: int, task: str, width: float = 1.0
+    stages: Stages,
+    stem: tuple[int, int],
+    head: tuple[int, ...],
+    dense: int,
+    task: str,
+    width: float = 1.0,
+    tokens: int = 0,
 ) -> Arch:
     """The largest member with these stages: every kernel size at the full expansion ratio.
 
@@ -546,23 +595,28 @@ def full_arch(
         dense: Channels of the features, for dense tasks.
         task: `classify` or `dense`.
         width: Multiplier of the widths but the features', to multiples of 2.
+        tokens: Tokens of the attention path beside every block; 0 for none.
     """
     if not width > 0:
         raise ValueError(f'width must be above 0, got {width}')
     if task not in HEADS:
         raise ValueError(f'head {task!r} is unknown; choose from {", ".join(HEADS)}')
+    if tokens < 0:
+        raise ValueError(f'tokens must be at least 0, got {tokens}')
 
     def wide(channels: Sequence[int]) -> tuple[int, ...]:
         return tuple(make_divisible(c * width, 2) for c in channels)
 
-    shape = (
+    shape: tuple[tuple[str, Any], ...] = (
         ('stem', wide(stem)),
         ('stages', tuple((depths, wide(widths)) for depths, widths in stages)),
         ('head', (*wide(head[:-1]), head[-1]) if task == 'classify' else (dense,)),
         ('task', task),
+        *((('tokens', tokens),) if tokens else ()),
     )
     places = block_places(Arch('hr', shape, ()))
-    return Arch('hr', shape, tuple(tuple((k, EXPAND_RATIO * place.in_chs) for k in KERNELS) for place in places))
+    blocks = tuple(tuple((k, EXPAND_RATIO * place.in_chs) for k in KERNELS) for place in places)
+    return Arch('hr', shape, blocks, (tokens,) * len(places) if tokens else ())
 
 
 default_cfgs = generate_default_cfgs(
@@ -581,16 +635,20 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> MixedHRNet:
 
 
 @register_model
-def supernet_hr(pretrained: bool = False, width: float = 1.0, head: str = 'classify', **kwargs: Any) -> MixedHRNet:
-    """Supernet of the hr space; `head` is `classify` or `dense` (segmentation, keypoints)."""
-    arch = full_arch(FULL, (24, 24), (36, 72, 144, 320, 1600), 90, head, width)
+def supernet_hr(
+    pretrained: bool = False, width: float = 1.0, head: str = 'classify', tokens: int = 0, **kwargs: Any
+) -> MixedHRNet:
+    """Supernet of the hr space; `head` is `classify` or `dense` (masks, keypoints), `tokens` stand by every block."""
+    arch = full_arch(FULL, (24, 24), (36, 72, 144, 320, 1600), 90, head, width, tokens)
     return _create('supernet_hr', pretrained, arch=arch, **kwargs)
 
 
 @register_model
-def supernet_hr_tiny(pretrained: bool = False, width: float = 1.0, head: str = 'classify', **kwargs: Any) -> MixedHRNet:
-    """A small supernet of the hr space for 32x32 images; `head` is `classify` or `dense`."""
-    arch = full_arch(TINY, (8, 8), (12, 16, 24, 32, 128), 24, head, width)
+def supernet_hr_tiny(
+    pretrained: bool = False, width: float = 1.0, head: str = 'classify', tokens: int = 0, **kwargs: Any
+) -> MixedHRNet:
+    """A small supernet of the hr space for 32x32 images; arguments as those of `supernet_hr`."""
+    arch = full_arch(TINY, (8, 8), (12, 16, 24, 32, 128), 24, head, width, tokens)
     return _create('supernet_hr_tiny', pretrained, arch=arch, **kwargs)
 
 

@@ -7,6 +7,7 @@ and the search over their channels follow SuperTickets (https://arxiv.org/abs/22
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from timm.layers import (
     LayerType,
     create_classifier,
@@ -18,12 +19,14 @@ from timm.layers import (
 from timm.models import generate_default_cfgs, register_model
 from timm.models._efficientnet_builder import efficientnet_init_weights
 from timm.models.efficientnet import EfficientNet
-from torch import nn
+from torch import Tensor, nn
 
 from ..arch import Arch
 from ..channels import ChannelGroup
 from ..layers import DroppedBlock, MixedBlock, block_group, residual
-from .build import carry_over, check_blocks, check_input, create, describe, positive
+from .build import carry_over, check_blocks, check_input, check_size, create, describe, positive
+
+torch.fx.wrap('check_size')
 
 KERNELS = (3, 5, 7)
 EXPAND_RATIO = 4
@@ -133,6 +136,7 @@ class MixedMobileNetV2(EfficientNet):
                 )
         self.blocks = nn.Sequential(*stages)
         self.feature_info = features
+        self.stride: int = reduction
         self.stage_ends = [info['stage'] for info in self.feature_info]
 
         self.num_features = arch['head']
@@ -143,6 +147,12 @@ class MixedMobileNetV2(EfficientNet):
         )
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
         efficientnet_init_weights(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Class scores."""
+        check_size(x, self.stride)
+        scores: Tensor = self.forward_head(self.forward_features(x))
+        return scores
 
     def channel_groups(self) -> tuple[ChannelGroup, ...]:
         """One group per block that is not dropped, in network order."""
