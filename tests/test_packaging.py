@@ -14,13 +14,17 @@ import timm, timm_supertickets
 print(timm_supertickets.__file__)
 model = timm.create_model('supernet_mbv2_tiny', num_classes=3)
 print(sum(p.numel() for p in model.parameters()) > 0, len(timm.list_models('*mbv2*')) >= 3)
+from timm_supertickets import Mask, Ticket, card, prunable
+ticket = Ticket.draw(model, Mask.dense(prunable(model)), facts={'dataset': 'digits'})
+print('CC BY 4.0' in card.render(card.gather_facts(ticket, 'installed')))
 """
 
 
 @pytest.fixture(scope='module')
 def wheel(tmp_path_factory):
     source, dist = tmp_path_factory.mktemp('source'), tmp_path_factory.mktemp('dist')
-    shutil.copytree(ROOT / 'timm_supertickets', source / 'timm_supertickets')
+    for name in ('timm_supertickets', 'hub_cards'):
+        shutil.copytree(ROOT / name, source / name)
     for name in ('pyproject.toml', 'README.md', 'LICENSE'):
         shutil.copy(ROOT / name, source)
     command = [sys.executable, '-m', 'build', '--wheel', '--no-isolation', '--outdir', str(dist), str(source)]
@@ -32,7 +36,8 @@ def test_wheel_holds_the_package_its_types_and_its_licence_and_nothing_else(whee
     names = zipfile.ZipFile(wheel).namelist()
     modules = {str(p.relative_to(ROOT)) for p in (ROOT / 'timm_supertickets').rglob('*.py')}
     assert modules <= set(names)
-    assert 'timm_supertickets/py.typed' in names
+    data = {'timm_supertickets/py.typed', *(f'timm_supertickets/hub_cards/{n}' for n in ('TEMPLATE.md', 'DATA.yaml'))}
+    assert data == {name for name in names if '.dist-info/' not in name} - modules
     assert any(name.endswith('LICENSE') for name in names)
     assert all(name.startswith('timm_supertickets') for name in names)
 
@@ -45,6 +50,6 @@ def test_model_is_created_from_the_installed_wheel(wheel, tmp_path):
     run = subprocess.run(
         [sys.executable, '-c', CREATE], cwd=tmp_path, env=env, check=True, capture_output=True, text=True
     )
-    file, created = run.stdout.split('\n')[:2]
+    file, created, rendered = run.stdout.split('\n')[:3]
     assert file.startswith(str(site))
-    assert created == 'True True'
+    assert (created, rendered) == ('True True', 'True')

@@ -1,6 +1,6 @@
 """Arch: a frozen value that names one member of a space."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +9,11 @@ from torch import Tensor
 from .channels import TOKENS, ChannelGroup
 
 Kernels = tuple[tuple[int, int], ...]
+
+# far beyond any member of a space; what comes from a file must not cost memory before it can be compared
+MAX_BLOCKS = 1000
+MAX_NUMBER = 2**14
+MAX_WEIGHTS = 2**31
 
 
 @dataclass(frozen=True)
@@ -23,8 +28,8 @@ class Arch:
         tokens: Per block the tokens of its attention path, 0 for none; empty where the space has no such path.
 
     Raises:
-        ValueError: A kernel size that is not odd, a channel count that is not positive, or tokens for other than the
-            blocks.
+        ValueError: A kernel size that is not odd, a channel count that is not positive, tokens for other than the
+            blocks, or numbers that are too large for any net.
     """
 
     space: str
@@ -38,6 +43,7 @@ class Arch:
         object.__setattr__(self, 'shape', _frozen_shape(self.shape))
         object.__setattr__(self, 'blocks', _frozen_blocks(self.blocks))
         object.__setattr__(self, 'tokens', _frozen_tokens(self.tokens, len(self.blocks)))
+        _check_extent(self)
 
     def __getitem__(self, name: str) -> Any:
         """A value of the shape by its name."""
@@ -119,6 +125,25 @@ def _frozen_tokens(tokens: Any, blocks: int) -> tuple[int, ...]:
     if tokens and (len(tokens) != blocks or min(tokens) < 0):
         raise ValueError(f'arch: tokens must be {blocks} numbers from 0, one per block, got {list(tokens)}')
     return tuple(tokens)
+
+
+def _check_extent(arch: Arch) -> None:
+    numbers = list(_numbers(arch.shape))
+    hidden = sum(channels for block in arch.blocks for _, channels in block) + sum(arch.tokens)
+    if len(arch.blocks) > MAX_BLOCKS or len(numbers) > MAX_NUMBER:
+        raise ValueError(f'arch: {len(arch.blocks)} blocks are too many for a net; the limit is {MAX_BLOCKS}')
+    if not all(abs(number) <= MAX_NUMBER for number in numbers):
+        raise ValueError(f'arch: its shape has a number above the limit of {MAX_NUMBER}')
+    if 2 * hidden * max(map(abs, numbers), default=1) > MAX_WEIGHTS:
+        raise ValueError(f'arch: {hidden} hidden channels at these widths are too many for a net')
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    if isinstance(value, tuple):
+        for part in value:
+            yield from _numbers(part)
+    elif isinstance(value, (int, float)):
+        yield value
 
 
 def _frozen_kernels(index: int, block: Any) -> Kernels:

@@ -45,7 +45,8 @@ class CrossAttention(nn.Module):
         return out
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+        heads: Tensor = x.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+        return heads
 
 
 class AttentionLayer(nn.Module):

@@ -1,6 +1,7 @@
 """Files: written whole or not at all, and safetensors read with a clear word about what is broken."""
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -43,18 +44,48 @@ def _nested_dict(data: Any) -> bool:
     return any(isinstance(value, dict) for value in (data.values() if isinstance(data, dict) else data))
 
 
+def parse_json(data: bytes, where: str) -> Any:
+    """Parse JSON that no two parsers read in two ways: no key twice, no NaN or Infinity.
+
+    Raises:
+        ValueError: It is something else; `where` is named.
+    """
+    try:
+        return json.loads(
+            data.decode(), parse_constant=_finite, parse_float=_finite, object_pairs_hook=_without_duplicates
+        )
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f'{where} is not readable as JSON: {error}') from None
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f'{text} is no number of JSON')
+    return value
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f'{next(name for name in names if names.count(name) > 1)!r} is there twice')
+    return found
+
+
 def read_json(path: Path) -> Any:
-    """Parse a JSON file.
+    """Parse a JSON file, as `parse_json` does.
 
     Raises:
         ValueError: It is missing, or not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding='utf-8'))
+        data = path.read_bytes()
     except FileNotFoundError:
         raise ValueError(f'{path} is missing') from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except OSError as error:
         raise ValueError(f'{path} is not readable as JSON: {error}') from None
+    return parse_json(data, str(path))
 
 
 def dump_safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
@@ -63,24 +94,35 @@ def dump_safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str])
     size = int.from_bytes(data[:8], 'little')
     header = json.loads(data[8 : 8 + size])
     header['__metadata__'] = dict(sorted(header['__metadata__'].items()))
-    text = json.dumps(header, separators=(',', ':'), ensure_ascii=False).encode()
-    text += b' ' * (-len(text) % 8)
+    text = _dump_header(header)
     return len(text).to_bytes(8, 'little') + text + data[8 + size :]
+
+
+def _dump_header(header: Any) -> bytes:
+    text = json.dumps(header, separators=(',', ':'), ensure_ascii=False).encode()
+    return text + b' ' * (-len(text) % 8)
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read tensors and metadata.
 
     Raises:
-        ValueError: The file is missing, cut short (the first tensor that is not whole is named) or no safetensors.
+        ValueError: The file is missing, cut short (the first tensor that is not whole is named) or no safetensors, or
+            its header says the same in other bytes than `dump_safetensors` would: every byte of a file counts.
     """
     try:
         with safetensors.safe_open(path, framework='pt') as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = dict(file.metadata() or {})
+        with open(path, 'rb') as raw:
+            header = raw.read(int.from_bytes(raw.read(8), 'little'))
     except FileNotFoundError:
         raise ValueError(f'{path} is missing') from None
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f'{path} is not a whole safetensors file: {_first_cut(path) or error}') from None
+    if header != _dump_header(parse_json(header, f'header of {path}')):
+        raise ValueError(f'{path} is not a whole safetensors file: its header is not written as this format writes it')
+    return tensors, metadata
 
 
 def _first_cut(path: Path) -> str:
@@ -95,5 +137,5 @@ def _first_cut(path: Path) -> str:
         ends = {name: entry['data_offsets'][1] for name, entry in header.items() if name != '__metadata__'}
         cut = sorted((end, name) for name, end in ends.items() if end > there)
         return f'it breaks off in tensor {cut[0][1]!r} ({there} of {max(ends.values())} bytes are there)' if cut else ''
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         return ''

@@ -1,37 +1,61 @@
 """Ticket: arch + mask + weights + facts; draw it, check it, save it, load it, build it."""
 
+import base64
+import hashlib
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from timm.models import build_model_with_cfg
 from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
 from .arch import Arch
-from .files import dump_json, dump_safetensors, read_json, read_safetensors, write_atomic
-from .packing import ARCH, DIGEST, arch_tensor, is_packed, pack, tensor_hash, unpack
+from .files import dump_json, dump_safetensors, parse_json, read_json, read_safetensors, write_atomic
+from .packing import (
+    CFG_KEYS,
+    FORMAT_VERSION,
+    check_config,
+    check_same,
+    check_version,
+    decode_mask,
+    dump_config,
+    encode_mask,
+    is_packed,
+    pack,
+    read_config,
+    tensor_hash,
+    unpack,
+)
 from .sparsity.mask import Mask
 
-FORMAT_VERSION = 1
 CONFIG = 'config.json'
 PACKED = 'ticket.safetensors'
 DENSE = 'model.safetensors'
 
-# what create_model takes for itself: none of it may come from a file
-_RESERVED = {*inspect.signature(timm.create_model).parameters} | {'features_only', 'feature_cls', 'feature_cfg'}
+# what timm takes for itself while it makes a model: none of it may come from a file
+_RESERVED = {
+    *inspect.signature(timm.create_model).parameters,
+    *inspect.signature(build_model_with_cfg).parameters,
+    'features_only', 'feature_cls', 'feature_cfg', 'pruned', 'device', 'dtype',
+} - {'kwargs'}  # fmt: skip
 # what a member of a space may be made with that changes its function, but not its shapes
 _FUNCTION_ARGS = ('act_layer', 'norm_layer', 'global_pool', 'output_stride')
-_CFG_KEYS = (
-    'tag', 'input_size', 'fixed_input_size', 'interpolation', 'crop_pct', 'crop_mode', 'mean', 'std', 'num_classes',
-    'label_names', 'pool_size', 'first_conv', 'classifier', 'license', 'description',
-)  # fmt: skip
+# no number that makes a model is larger; some would cost memory before the model is there to be compared
+_MAX_NUMBER = 2**20
+_MAX_ERROR = 500
 
 
-@dataclass
+@dataclass(eq=False)  # tensors have no equality that is a bool
 class Ticket:
     """What is left of a supernet: an architecture, a mask, weights and facts.
 
@@ -88,10 +112,13 @@ class Ticket:
             name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
             for name, tensor in model.state_dict().items()
         }
-        for name, alive in held.items():
-            weights[name].masked_fill_(~alive, 0)
-        source = {**getattr(model, 'pretrained_cfg', {}), **(data_config or {})}
-        cfg = {key: source[key] for key in _CFG_KEYS if source.get(key) is not None}
+        names = {param: name for name, param in model.named_parameters()}
+        for name, param in model.named_parameters(remove_duplicate=False):  # a shared weight is saved under each name
+            if names[param] in held:
+                weights[name].masked_fill_(~held[names[param]], 0)
+        # tag and description tell of the weights that the model was registered with, not of these
+        source = {**getattr(model, 'pretrained_cfg', {}), 'tag': None, 'description': None, **(data_config or {})}
+        cfg = {key: source[key] for key in CFG_KEYS if source.get(key) is not None}
         cfg['num_classes'] = getattr(model, 'num_classes', cfg.get('num_classes'))
         if 'input_size' in cfg:
             cfg['input_size'] = (getattr(model, 'in_chans', cfg['input_size'][0]), *cfg['input_size'][1:])
@@ -182,35 +209,42 @@ class Ticket:
         if folder.exists() and not _holds_ticket(folder):
             raise ValueError(f'{folder} holds something that is not a ticket; choose another folder')
         config = self.config()
-        extra = {} if self.arch is None else {ARCH: arch_tensor(self.arch)}
-        packed = pack({**self.weights, **extra}, self.mask)
+        packed = dump_safetensors(pack(self.weights, self.mask, config), self._words())
         folder.mkdir(parents=True, exist_ok=True)
         (folder / DENSE).unlink(missing_ok=True)
-        write_atomic(folder / PACKED, dump_safetensors(packed, self._metadata(config, packed)))
+        write_atomic(folder / PACKED, packed)
         if dense or self.arch is None:
-            write_atomic(folder / DENSE, dump_safetensors(self.weights, self._metadata(config, self.weights)))
+            weights = _zeroed(self.weights, self.mask)
+            write_atomic(folder / DENSE, dump_safetensors(weights, self._dense_words(weights)))
         write_atomic(folder / CONFIG, dump_json(config))
         return folder
 
-    def _metadata(self, config: dict[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, str]:
-        hashes = {name: tensor_hash(name, tensor).hex() for name, tensor in tensors.items() if name != DIGEST}
-        return {
-            'format': 'pt',
-            'format_version': str(FORMAT_VERSION),
-            'sparsity': repr(self.sparsity),
-            'alive': json.dumps({name: int(alive.sum()) for name, alive in sorted(self.mask.items())}),
-            'sha256': json.dumps(hashes, sort_keys=True),
-            'config': json.dumps(config),
+    def _words(self) -> dict[str, str]:
+        """The header of a packed file: nothing that its tensors do not say."""
+        return {'format': 'pt', 'format_version': str(FORMAT_VERSION), 'sparsity': repr(self.sparsity)}
+
+    def _dense_words(self, weights: Mapping[str, Tensor]) -> dict[str, str]:
+        """The header of a dense file, where no further tensor may be: config, mask, and what vouches for all of it."""
+        masks = {
+            name: '' if torch.equal(alive, weights[name] != 0) else base64.b64encode(encode_mask(alive)).decode()
+            for name, alive in self.mask.items()
         }
+        hashes = {name: tensor_hash(name, weight).hex() for name, weight in weights.items()}
+        words = {
+            **self._words(),
+            'config': dump_config(self.config()).decode(),
+            'mask': json.dumps(masks, separators=(',', ':'), sort_keys=True),
+            'sha256': json.dumps(hashes, separators=(',', ':'), sort_keys=True),
+        }
+        return {**words, 'metadata': json.dumps(_hashed(words), separators=(',', ':'))}
 
     @classmethod
     def load(cls, path: str | Path) -> 'Ticket':
-        """Read a ticket and verify every tensor.
+        """Read a ticket and verify every byte.
 
         Args:
             path: A ticket's folder, or one of its safetensors files. In a folder the packed file is read, the dense
-                one if there is no other; a dense file has no mask of its own, so the weights that are zero count
-                as dead where its header says that there are dead ones.
+                one if there is no other, and config.json must say the same as the file.
 
         Raises:
             ValueError: Something is missing, truncated, altered, of a newer format, or does not fit together.
@@ -218,49 +252,64 @@ class Ticket:
         path = Path(path)
         if not path.exists():
             raise ValueError(f'{path} does not exist; a ticket is a folder with {CONFIG} and {PACKED}')
-        file = path
+        file, outside = path, None
+        where = str(path / CONFIG)
         if path.is_dir():
             file = path / (DENSE if (path / DENSE).exists() and not (path / PACKED).exists() else PACKED)
-            config = read_json(path / CONFIG)
-            tensors, metadata = read_safetensors(file)
-        else:
-            tensors, metadata = read_safetensors(file)
-            config = _parsed(metadata, 'config', file)
-        section = config.get('supertickets') if isinstance(config, dict) else None
-        if not isinstance(section, dict):
-            raise ValueError(f'{path} is not a ticket: {CONFIG} has no "supertickets" section')
-        version = section.get('format_version')
-        if not isinstance(version, int) or version < 1:
-            raise ValueError(f'{path}: format_version must be a whole number, got {version!r}')
-        if version > FORMAT_VERSION:
-            raise ValueError(
-                f'{path} has format version {version}; this package reads up to {FORMAT_VERSION}: upgrade it'
-            )
-        for key, kind in (('architecture', str), ('model_args', dict), ('pretrained_cfg', dict)):
-            if not isinstance(config.get(key), kind):
-                raise ValueError(f'{path}: {CONFIG} must have {key!r} as a {kind.__name__}, got {config.get(key)!r}')
-        header = _parsed(metadata, 'config', file) if 'config' in metadata else config
-        for key in ('architecture', 'model_args'):
-            if config[key] != header.get(key):
-                raise ValueError(f'{path}: {key!r} in {CONFIG} is not what {file.name} was saved for')
-        cfg = {key: value for key, value in config['pretrained_cfg'].items() if key != 'hf_hub_filename'}
-        unknown = sorted(set(cfg) - set(_CFG_KEYS))
-        if unknown:
-            raise ValueError(f'{path}: pretrained_cfg in {CONFIG} must not set {", ".join(unknown)}')
-        facts = section.get('facts', {})
-        if not isinstance(facts, dict):
-            raise ValueError(f'{path}: facts in {CONFIG} must be a dict, got {facts!r}')
-        ticket = cls(config['architecture'], config['model_args'], cfg, {}, Mask(), facts)
         try:
-            if is_packed(tensors):
-                weights, mask = unpack(tensors, _shapes(ticket), ticket.arch)
-            else:
-                weights, mask = tensors, _zero_pattern(tensors, metadata, file)
-            ticket.weights, ticket.mask = weights, Mask(mask)
-            ticket.check()
+            if path.is_dir():
+                outside = check_config(read_json(path / CONFIG), where)
+            return cls._verified(*read_safetensors(file), outside, where)
         except ValueError as error:
-            raise ValueError(f'{file}: {error}') from None
+            text = ' '.join(str(error).split())
+            text = text if len(text) <= _MAX_ERROR else f'{text[:_MAX_ERROR]}...'
+            raise ValueError(text if text.startswith(str(path)) else f'{file}: {text}') from None
+
+    @classmethod
+    def _verified(
+        cls, tensors: dict[str, Tensor], words: dict[str, str], outside: dict[str, Any] | None, where: str
+    ) -> 'Ticket':
+        """A ticket from the tensors and the header of a file, and the config.json beside it, if there is one."""
+        if is_packed(tensors):
+            check_version(tensors)
+            weights, mask = unpack(tensors)
+            config = read_config(tensors)
+        else:
+            config, weights, mask = _from_dense(tensors, words)
+        if outside is not None:
+            check_same(config, outside, where)
+        cfg = {key: value for key, value in config['pretrained_cfg'].items() if key != 'hf_hub_filename'}
+        section = config['supertickets']
+        ticket = cls(config['architecture'], config['model_args'], cfg, weights, Mask(mask), section['facts'])
+        ticket.check()
+        check_same({'sparsity': ticket.sparsity}, {'sparsity': section.get('sparsity')}, where)
+        expected = ticket._words()
+        check_same(expected, words if is_packed(tensors) else {key: words.get(key) for key in expected}, 'header')
         return ticket
+
+
+def verify_ticket(path: str | Path) -> Ticket:
+    """Check every byte of a ticket: all files in its folder, and that they hold the same ticket.
+
+    Args:
+        path: A ticket's folder, or one of its safetensors files.
+
+    Raises:
+        ValueError: Something is missing, altered, or does not fit together; file and tensor are named.
+    """
+    path = Path(path)
+    ticket = Ticket.load(path)
+    if (path / PACKED).exists() and (path / DENSE).exists():
+        twin = Ticket.load(path / DENSE)
+        try:
+            check_same(ticket.config(), twin.config(), 'its config')
+            for name in sorted(ticket.weights):
+                same_mask = name not in ticket.mask or torch.equal(ticket.mask[name], twin.mask[name])
+                if not same_mask or tensor_hash(name, ticket.weights[name]) != tensor_hash(name, twin.weights[name]):
+                    raise ValueError(f'tensor {name!r} is not that of {PACKED}')
+        except ValueError as error:
+            raise ValueError(f'{path / DENSE}: {error}') from None
+    return ticket
 
 
 def _shapes(ticket: Ticket) -> dict[str, tuple[int, ...]]:
@@ -270,13 +319,45 @@ def _shapes(ticket: Ticket) -> dict[str, tuple[int, ...]]:
     reserved = sorted(_RESERVED & set(ticket.model_args))
     if reserved:
         raise ValueError(f'ticket: model_args must not set {", ".join(reserved)}')
+    _check_numbers(ticket.model_args)
+    _check_numbers(ticket.pretrained_cfg)
     try:
-        with torch.device('meta'):
+        with torch.device('meta'), _at_most(len(ticket.weights)):
             cfg = {**ticket.pretrained_cfg, 'architecture': ticket.architecture}
             model = timm.create_model(ticket.architecture, pretrained_cfg=cfg, **ticket.model_args)
     except Exception as error:  # what a model makes of bad arguments is up to the model
-        raise ValueError(f'ticket: {ticket.architecture} cannot be built: {error}') from error
+        said = ' '.join(f'{type(error).__name__}: {error}'.split())
+        raise ValueError(f'ticket: {ticket.architecture} cannot be built: {said}') from error
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _check_numbers(value: Any) -> None:
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        for part in value:
+            _check_numbers(part)
+    elif isinstance(value, (int, float)) and not abs(value) <= _MAX_NUMBER:
+        raise ValueError(f'ticket: no model is made with a number as large as {value}')
+
+
+@contextmanager
+def _at_most(tensors: int) -> Iterator[None]:
+    """While a model is built: refuse one with many more modules and parameters than a file has tensors."""
+    left = 8 * tensors + 1000
+
+    def count(*_: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise ValueError(f'it has many more layers than the {tensors} tensors are for')
+
+    hooks = register_module_module_registration_hook(count), register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _holds_ticket(folder: Path) -> bool:
@@ -290,33 +371,47 @@ def _holds_ticket(folder: Path) -> bool:
     return names <= {CONFIG, PACKED, DENSE}
 
 
-def _zero_pattern(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], file: Path) -> dict[str, Tensor]:
-    """Verify a dense file by its header, and read the mask off the zeros of the tensors that it names as masked."""
-    hashes = _parsed(metadata, 'sha256', file)
-    names = set(hashes) ^ set(tensors)
-    if names:
-        raise ValueError(f'tensor {min(names)!r} was added or removed')
-    for name, tensor in tensors.items():
-        if tensor_hash(name, tensor).hex() != hashes[name]:
+def _from_dense(
+    tensors: Mapping[str, Tensor], words: Mapping[str, str]
+) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
+    """Verify a dense file by its header; config, weights and mask."""
+    said = {}
+    for key in ('config', 'mask', 'sha256', 'metadata'):
+        if key not in words:
+            raise ValueError(f'it is not that of a ticket: its header has no {key!r}')
+        said[key] = parse_json(words[key].encode(), f'header entry {key!r}')
+        if not isinstance(said[key], dict):
+            raise ValueError(f'header entry {key!r} is not a mapping')
+    config, hashes = check_config(said['config'], "header entry 'config'"), said['sha256']
+    check_same(said['metadata'], _hashed(words), 'header')
+    for name in sorted({*hashes, *tensors}):
+        if name not in hashes or name not in tensors:
+            raise ValueError(f'tensor {name!r} was added or removed')
+        if tensor_hash(name, tensors[name]).hex() != hashes[name]:
             raise ValueError(f'tensor {name!r} is not what was saved')
-    return {name: tensors[name] != 0 for name in _parsed(metadata, 'alive', file) if name in tensors}
+    mask = {}
+    for name, bits in said['mask'].items():
+        if name not in tensors:
+            raise ValueError(f'the mask names {name!r}, which the weights lack')
+        mask[name] = decode_mask(base64.b64decode(str(bits)), name) if bits else tensors[name] != 0
+    return config, dict(tensors), mask
 
 
-def _parsed(metadata: Mapping[str, str], key: str, file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(metadata[key])
-    except (KeyError, json.JSONDecodeError):
-        raise ValueError(f'{file} is not a ticket: its header has no readable {key!r}') from None
-    if not isinstance(value, dict):
-        raise ValueError(f'{file}: header entry {key!r} is not a mapping')
-    return value
+def _hashed(words: Mapping[str, str]) -> dict[str, str]:
+    """The sha256 of every entry of a header but the one that holds them."""
+    return {key: hashlib.sha256(said.encode()).hexdigest() for key, said in sorted(words.items()) if key != 'metadata'}
+
+
+def _zeroed(weights: Mapping[str, Tensor], mask: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights whose dead ones are plain zeros: -0 is zero too, but other bytes."""
+    return {name: weight.masked_fill(~mask[name], 0) if name in mask else weight for name, weight in weights.items()}
 
 
 def _plain(value: dict[str, Any]) -> dict[str, Any]:
     """As JSON would give it back, so that a ticket equals itself after a round trip."""
     try:
-        plain: dict[str, Any] = json.loads(json.dumps(value))
-    except TypeError as error:
+        plain: dict[str, Any] = json.loads(json.dumps(value, allow_nan=False, ensure_ascii=False).encode())
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f'ticket: facts and settings must be plain JSON values: {error}') from None
     return plain
 

@@ -1,13 +1,15 @@
 """What the spaces share: checks of an arch, timm's description of a model, and its construction."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from timm.models import build_model_with_cfg
 from torch import Tensor, nn
 
-from ..arch import Arch
+from ..arch import MAX_NUMBER, Arch
 from ..packing import unpack_for_model
+
+MAX_CLASSES = 2**17
 
 
 def describe(**changes: Any) -> dict[str, Any]:
@@ -47,14 +49,17 @@ def positive(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def check_input(in_chans: int) -> None:
-    """Check the number of input channels.
+def check_ends(in_chans: int, num_classes: int) -> None:
+    """Check the numbers of input channels and classes.
 
     Raises:
-        ValueError: It is below 1.
+        ValueError: No channels, or so many channels or classes that a config.json must be wrong.
     """
     if in_chans < 1:
         raise ValueError(f'in_chans must be at least 1, got {in_chans}')
+    if in_chans > MAX_NUMBER or num_classes > MAX_CLASSES:
+        limits = f'{MAX_NUMBER} and {MAX_CLASSES}'
+        raise ValueError(f'in_chans and num_classes must be at most {limits}, got {in_chans} and {num_classes}')
 
 
 def check_size(x: Tensor, stride: int) -> None:
@@ -65,6 +70,17 @@ def check_size(x: Tensor, stride: int) -> None:
     """
     if min(x.shape[-2], x.shape[-1]) < stride:
         raise ValueError(f'an image of {x.shape[-2]}x{x.shape[-1]} is smaller than the stride of {stride}; resize it')
+
+
+def check_depth(arch: Arch, depths: Iterable[int]) -> None:
+    """Check, before blocks are counted out, that stages do not ask for more of them than the arch has.
+
+    Raises:
+        ValueError: They do.
+    """
+    total = sum(depths)
+    if total > len(arch.blocks):
+        raise ValueError(f'arch has {len(arch.blocks)} blocks, but its stages ask for {total}')
 
 
 def check_blocks(arch: Arch, places: Sequence[tuple[str, bool]], kernels: Sequence[int]) -> Arch:

@@ -31,7 +31,7 @@ from ..arch import Arch
 from ..attention import AttendedBlock, TokenPath, token_group
 from ..channels import ChannelGroup
 from ..layers import DroppedBlock, MixedBlock, block_group, residual
-from .build import carry_over, check_blocks, check_input, check_size, create, describe, positive
+from .build import carry_over, check_blocks, check_depth, check_ends, check_size, create, describe, positive
 
 torch.fx.wrap('check_size')
 
@@ -268,7 +268,7 @@ class MixedHRNet(nn.Module):
     ) -> None:
         super().__init__()
         arch = check_arch(Arch.from_json(arch))
-        check_input(in_chans)
+        check_ends(in_chans, num_classes)
         self.arch = arch
         settings: dict[str, Any] = {
             'drop_path_rate': drop_path_rate,
@@ -570,6 +570,7 @@ def check_arch(arch: Arch) -> Arch:
     wanted = branches + 1 if arch['task'] == 'classify' else 1
     if not (_widths(arch['head']) and len(arch['head']) == wanted):
         raise ValueError(f'arch: head for {arch["task"]!r} must be {wanted} numbers of channels, got {arch["head"]!r}')
+    check_depth(arch, (depth for depths, _ in stages for depth in depths))
     return check_blocks(arch, [(place.path, True) for place in block_places(arch)], KERNELS)
 
 

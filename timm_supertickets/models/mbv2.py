@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..arch import Arch
 from ..channels import ChannelGroup
 from ..layers import DroppedBlock, MixedBlock, block_group, residual
-from .build import carry_over, check_blocks, check_input, check_size, create, describe, positive
+from .build import carry_over, check_blocks, check_depth, check_ends, check_size, create, describe, positive
 
 torch.fx.wrap('check_size')
 
@@ -75,7 +75,7 @@ class MixedMobileNetV2(EfficientNet):
     ) -> None:
         nn.Module.__init__(self)  # only the blocks differ from timm's, and timm's constructor builds its own
         arch = check_arch(Arch.from_json(arch))
-        check_input(in_chans)
+        check_ends(in_chans, num_classes)
         if output_stride not in (8, 16, 32):
             raise ValueError(f'output_stride must be 8, 16 or 32, got {output_stride}')
         self.arch = arch
@@ -211,6 +211,7 @@ def check_arch(arch: Arch) -> Arch:
     for stage in stages:
         if not (isinstance(stage, Sequence) and len(stage) == 3 and all(map(positive, stage)) and stage[2] <= 2):
             raise ValueError(f'arch: a stage is [channels, blocks, stride 1 or 2], got {stage!r}')
+    check_depth(arch, (depth for _, depth, _ in stages))
     return check_blocks(arch, block_places(arch), KERNELS)
 
 
