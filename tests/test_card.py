@@ -280,6 +280,20 @@ def test_supernet_is_shown_if_the_ticket_can_come_from_it(supernet, width, whole
     assert ('| supernet |' in card.render(facts)) == (whole is not None)
 
 
+def test_tokens_are_counted_beside_their_block():
+    ticket = draw('supernet_hr_tiny', num_classes=2, tokens=3)
+    facts = card.gather_facts(ticket, 'x')
+    row = facts['blocks'][0]
+    assert (row['name'], row['tokens']) == ('stages.0.fuse.0.0.block', 3)
+    masks = [
+        alive
+        for name, alive in ticket.mask.items()
+        if name.startswith(('stages.0.fuse.0.0.block.', 'stages.0.fuse.0.0.tokens.'))
+    ]
+    assert row['density'] == round(torch.cat([alive.flatten() for alive in masks]).float().mean().item(), 4)
+    assert '| `stages.0.fuse.0.0.block` | 32 | 32 | 32 | 96 | 3 |' in card.render(facts)
+
+
 @pytest.mark.parametrize(
     ('facts', 'says'),
     [

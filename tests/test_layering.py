@@ -16,6 +16,7 @@ LEVELS = {
     'sparsity': 0,
     'sparsity.schedule': 0,
     'packing': 1,
+    'attention': 1,
     'layers': 1,
     'sparsity.mask': 1,
     'sparsity.scores': 1,
@@ -24,12 +25,15 @@ LEVELS = {
     'sparsity.prune': 2,
     'sparsity.reactivate': 2,
     'sparsity.keep': 2,
+    'pictures': 2,
     'cost': 3,
     'search': 4,
     'search.*': 4,
     'ticket': 5,
     'hub': 6,
     'card': 6,
+    'export': 6,
+    'show': 6,
     'cli': 7,
     '': 8,  # __init__: the public names
 }

@@ -5,9 +5,20 @@ Importing this package registers its models with timm.
 
 from . import models as models
 from .arch import Arch
+from .hub import pull_ticket, push_ticket
 from .sparsity.keep import keep_sparse
 from .sparsity.mask import Mask, prunable
-from .ticket import Ticket, load_ticket
+from .ticket import Ticket, load_ticket, verify_ticket
 
-__all__ = ['Arch', 'Mask', 'Ticket', 'keep_sparse', 'load_ticket', 'prunable']
+__all__ = [
+    'Arch',
+    'Mask',
+    'Ticket',
+    'keep_sparse',
+    'load_ticket',
+    'prunable',
+    'pull_ticket',
+    'push_ticket',
+    'verify_ticket',
+]
 __version__ = '0.1.0'

@@ -18,6 +18,7 @@ from jinja2.runtime import Undefined
 from markupsafe import Markup
 
 from .arch import Arch
+from .channels import TOKENS
 from .cost import model_cost
 from .files import write_atomic
 from .pictures import create_figure, draw_density, draw_kernels
@@ -286,7 +287,8 @@ def _blocks(ticket: Ticket, model: Any, supernet: Arch | None) -> list[dict[str,
     arch = ticket.arch
     assert arch is not None
     kernels = sorted({kernel for block in arch.blocks for kernel, _ in block})
-    inside = {group.block: group.inside for group in model.channel_groups()}
+    groups = model.channel_groups()
+    names = {group.block: group.inside.rstrip('.') for group in groups if TOKENS not in dict(group.kernels)}
     rows = []
     for index, block in enumerate(arch.blocks):
         row: dict[str, Any] = {'channels': [dict(block).get(kernel, 0) for kernel in kernels]}
@@ -294,12 +296,13 @@ def _blocks(ticket: Ticket, model: Any, supernet: Arch | None) -> list[dict[str,
             row['tokens'] = arch.tokens[index]
         if supernet is not None:
             row['supernet'] = sum(channels for _, channels in supernet.blocks[index])
-        if index in inside:
-            row['name'] = inside[index].rstrip('.')
-            masks = [alive for name, alive in ticket.mask.items() if name.startswith(inside[index])]
-            if masks:
-                alive = sum(int(mask.sum()) for mask in masks)
-                row['density'] = round(alive / sum(mask.numel() for mask in masks), 4)
+        if index in names:
+            row['name'] = names[index]
+        inside = tuple(group.inside for group in groups if group.block == index)
+        masks = [alive for name, alive in ticket.mask.items() if inside and name.startswith(inside)]
+        if masks:
+            alive = sum(int(mask.sum()) for mask in masks)
+            row['density'] = round(alive / sum(mask.numel() for mask in masks), 4)
         rows.append(row)
     return rows
 

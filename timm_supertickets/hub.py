@@ -67,10 +67,7 @@ def push_ticket(
         ValueError: The ticket is not whole, or the Hub refuses: token, repository or branch.
         ConnectionError: The Hub did not answer in several tries; it is said what has become of the commit.
     """
-    if repo_id.count('/') != 1:
-        raise ValueError(f"repo_id must be 'owner/name', got {repo_id!r}")
-    api = HfApi(token=token, library_name='timm_supertickets')
-    place = f'{repo_id}@{revision}' if revision else repo_id
+    api, place = _address(repo_id, revision, token)
     sent = False
 
     def head() -> tuple[str | None, bool]:
@@ -126,8 +123,7 @@ def pull_ticket(
         ValueError: There is no such ticket, the token may not read it, or it is not what was pushed.
         ConnectionError: The Hub did not answer in several tries.
     """
-    api = HfApi(token=token, library_name='timm_supertickets')
-    place = f'{repo_id}@{revision}' if revision else repo_id
+    api, place = _address(repo_id, revision, token)
     sha = revision
     if revision is None or not re.fullmatch('[0-9a-f]{40}', revision):
         sha = _patiently(lambda: api.model_info(repo_id, revision=revision).sha, place)
@@ -159,6 +155,13 @@ def pull_ticket(
     if altered:
         raise ValueError(f'{repo_id}@{sha} arrived altered: {problem}; delete {altered[0]} and pull again')
     raise ValueError(f'{repo_id}@{sha}: what the Hub holds is not a whole ticket: {problem}')
+
+
+def _address(repo_id: str, revision: str | None, token: str | bool | None) -> tuple[HfApi, str]:
+    if repo_id.count('/') != 1:
+        raise ValueError(f"repo_id must be 'owner/name', got {repo_id!r}")
+    place = f'{repo_id}@{revision}' if revision else repo_id
+    return HfApi(token=token, library_name='timm_supertickets'), place
 
 
 def _lay_out(ticket: Ticket | str | Path, folder: Path, repo_id: str) -> dict[str, Path]:

@@ -1,20 +1,29 @@
 """Mask: which weights live, by parameter name, kept outside the model."""
 
+import logging
 from collections.abc import Iterable, Mapping
+from functools import cache
 
 import torch
-from timm.layers import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
+from timm.layers import CondConv2d, ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
 from torch import Tensor, nn
 
-RESTANDARDISED = (StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame)
 WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+# these re-standardise their weight in forward, or mix it from those of many experts: a zero does not stay one
+REMADE = (StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame, CondConv2d)
+
+_logger = logging.getLogger(__name__)
 
 
 def prunable(model: nn.Module) -> dict[str, Tensor]:
     """The weights that a mask may zero: every convolution and linear weight in the body.
 
-    Left out are the stem and the classifier, as the model's `pretrained_cfg` names them, and convolutions that
-    re-standardise their weight in forward, which would fill the zeros again.
+    Left out are the stem and the classifiers, as the model's `pretrained_cfg` names them, and layers whose weight is
+    made anew in forward, which would fill the zeros again: re-standardised ones (`StdConv2d`, `ScaledStdConv2d`),
+    weight norm and other parametrizations. A line in the log names those, once per model. Embeddings, norms, scales
+    and transposed convolutions are none of the body's weights, nor are parameters that lie in no layer of their own.
+    A weight that several layers share counts once, by the name that `named_parameters` gives it; one that is shared
+    with anything left out does not count.
 
     Args:
         model: A timm model, or any module (then nothing counts as stem or classifier).
@@ -27,13 +36,29 @@ def prunable(model: nn.Module) -> dict[str, Tensor]:
     for key in ('first_conv', 'classifier'):
         names = cfg.get(key) or ()
         ends += [names] if isinstance(names, str) else list(names)
-    return {
-        f'{name}.weight': module.weight
-        for name, module in model.named_modules()
-        if isinstance(module, WEIGHTED)
-        and not isinstance(module, RESTANDARDISED)
-        and not any(name == end or name.startswith(f'{end}.') for end in ends)
-    }
+    body: set[Tensor | None] = set()
+    spared: set[Tensor | None] = set()
+    remade = []
+    for name, module in model.named_modules():
+        weight = module._parameters.get('weight')
+        at_end = any(name == end or name.startswith(f'{end}.') for end in ends)
+        makes_it = isinstance(module, REMADE) or (isinstance(module, WEIGHTED) and weight is None)
+        if makes_it and not at_end:
+            remade.append(name)
+        (body if isinstance(module, WEIGHTED) and not makes_it and not at_end else spared).add(weight)
+    if remade:
+        more = f' and {len(remade) - 3} more' if len(remade) > 3 else ''
+        _warn_once(
+            f'{cfg.get("architecture") or type(model).__name__}: layers that make their weight anew in forward are '
+            f'not pruned: {", ".join(remade[:3])}{more}'
+        )
+    return {name: param for name, param in model.named_parameters() if param in body and param not in spared}
+
+
+@cache
+def _warn_once(text: str) -> None:
+    """To the log and not as a warning: such a model is no mistake, and every prune asks what is prunable."""
+    _logger.warning(text)
 
 
 class Mask(dict[str, Tensor]):
