@@ -34,8 +34,9 @@ class Config:
         color_jitter: Strength.
         auto_augment: timm's augmentation string, e.g. `rand-m9-mstd0.5`.
         reprob: Probability of random erasing.
-        model: A registered supernet.
+        model: A registered supernet, or any other model of timm, which is then pruned without search.
         model_args: More arguments of the model, e.g. `{width: 0.5}`.
+        pretrained: Start from the model's pretrained weights, with images normalised as those had them.
         opt: Optimizer, by timm's name.
         lr: Learning rate of the trunk.
         momentum: Momentum.
@@ -48,7 +49,7 @@ class Config:
         round_steps: Steps per round.
         cooldown_steps: Steps of the branch that finishes a ticket: mask fixed, learning rate falling to zero.
         recalibrate: Batches that batch norm is measured anew on, after every event and before a ticket is saved.
-        search: How channels are chosen: `budget`, `threshold` or `none`.
+        search: How channels are chosen: `budget`, `threshold` or `none`; `auto`: `budget` for a supernet, else `none`.
         search_until: Share of the trunk after which the architecture is fixed.
         budget: Share of the supernet's MACs that the architecture is left with, for `search: budget`.
         threshold: Gate magnitude below which a channel dies, for `search: threshold`.
@@ -87,6 +88,7 @@ class Config:
     reprob: float = 0.0
     model: str = 'supernet_mbv2_tiny'
     model_args: dict[str, Any] = field(default_factory=dict)
+    pretrained: bool = False
     opt: str = 'sgd'
     lr: float = 0.1
     momentum: float = 0.9
@@ -99,7 +101,7 @@ class Config:
     round_steps: int = 40
     cooldown_steps: int = 160
     recalibrate: int = 36
-    search: Literal['budget', 'threshold', 'none'] = 'budget'
+    search: Literal['auto', 'budget', 'threshold', 'none'] = 'auto'
     search_until: float = 0.5
     budget: float = 0.5
     threshold: float = 1e-3

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import timm
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -95,7 +96,7 @@ def create_data(config: Config, accelerator: Accelerator) -> Data:
             f'split {config.train_split!r} of dataset {config.dataset!r} has {len(train)} images, fewer than a batch '
             f'of {config.batch_size} on {accelerator.num_processes} processes; give a smaller batch_size='
         )
-    mean, std = ((0.5,) * config.in_chans,) * 2
+    mean, std = _normalization(config)
     shared = {
         'input_size': (config.in_chans, config.img_size, config.img_size),
         'batch_size': config.batch_size,
@@ -149,6 +150,18 @@ def batches(loader: Any, steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor
             if not left:
                 return
         epoch += 1
+
+
+def _normalization(config: Config) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel: 0.5, or those that pretrained weights are used to."""
+    if config.pretrained and config.in_chans == 3:
+        try:
+            known = timm.get_pretrained_cfg(config.model)
+        except RuntimeError as error:
+            raise ValueError(f'model={config.model}: {error}') from None
+        if known is not None:
+            return known.mean, known.std
+    return ((0.5,) * config.in_chans,) * 2
 
 
 def _datasets(config: Config) -> tuple[Any, Any, list[str]]:

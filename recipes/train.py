@@ -1,5 +1,7 @@
 """Draw SuperTickets: search and prune a supernet in one run, and draw a ticket at every target sparsity.
 
+A model of timm that is no supernet is pruned alike, without search.
+
 accelerate launch recipes/train.py [--config recipes/configs/NAME.yaml] [key=value ...]
 """
 
@@ -7,8 +9,8 @@ import os
 import sys
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import plan
 import timm
@@ -36,6 +38,7 @@ from timm_supertickets.search.shrink import searchable
 from timm_supertickets.sparsity.prune import prune
 from timm_supertickets.sparsity.reactivate import regrow, reset
 from timm_supertickets.sparsity.scores import magnitude
+from timm_supertickets.ticket import PACKED
 
 
 @dataclass
@@ -56,12 +59,14 @@ def main(argv: list[str]) -> None:
     if accelerator.device.type == 'cpu':
         torch.set_num_threads(config.threads or max(1, (os.cpu_count() or 1) // accelerator.num_processes))
     data = create_data(config, accelerator)
+    net = create_net(config, data).to(accelerator.device)
+    config = replace(config, search=chosen_search(config, net))
     where = ('output', 'resume', 'data_dir')  # no part of what was done
     said = [arg for arg in argv if arg.lstrip('-').partition('=')[0] not in where]
     command = ' '.join(['accelerate launch recipes/train.py', *said])
     run = Run(config, accelerator, data, Report(config, accelerator.is_main_process), command)
-    state = start(run)
-    supernet, supernet_macs = getattr(state.net, 'arch', None), model_cost(state.net, data.input_size).macs
+    state = start(run, net)
+    supernet, supernet_macs = getattr(net, 'arch', None), model_cost(net, data.input_size).macs
     if path := find_checkpoint(config.resume, run.report.output):
         run.report.resume(state.load(accelerator, path), state.steps(config))
 
@@ -94,12 +99,53 @@ def main(argv: list[str]) -> None:
     run.report.finish()
 
 
-def start(run: Run) -> State:
-    """A fresh supernet, its optimizer, and a mask that is all alive."""
-    config, data = run.config, run.data
+def create_net(config: Config, data: Data) -> nn.Module:
+    """The model of a run, tried on one input.
+
+    Raises:
+        ValueError: It cannot be made, it does not take images of this size, or it has nothing to prune.
+    """
     torch.manual_seed(config.seed)
-    net = timm.create_model(config.model, num_classes=data.num_classes, in_chans=config.in_chans, **config.model_args)
-    net = net.to(run.accelerator.device)
+    what = f'model={config.model} with model_args={config.model_args}, pretrained={config.pretrained} cannot be made'
+    try:
+        net: nn.Module = timm.create_model(
+            config.model,
+            pretrained=config.pretrained,
+            num_classes=data.num_classes,
+            in_chans=config.in_chans,
+            pretrained_cfg_overlay={'input_size': data.input_size},  # some models are built for one size
+            **config.model_args,
+        )
+        what = f'model={config.model} does not take images of img_size={config.img_size}'
+        model_cost(net, data.input_size)
+    except Exception as error:  # what timm, a model or the Hub make of bad arguments is up to them
+        raise ValueError(f'{what}: {" ".join(str(error).split())}') from error
+    if not prunable(net):
+        raise ValueError(f'model={config.model} has no weight that can be pruned')
+    return net
+
+
+def chosen_search(config: Config, net: nn.Module) -> Literal['budget', 'threshold', 'none']:
+    """How channels are chosen, decided for this model.
+
+    Raises:
+        ValueError: A search is asked for, and the model has no channel groups.
+    """
+    has_channels = hasattr(net, 'channel_groups')
+    if config.search == 'auto':
+        return 'budget' if has_channels else 'none'
+    if config.search != 'none' and not has_channels:
+        choices = ', '.join(timm.list_models('supernet_*'))
+        raise ValueError(
+            f'search={config.search}: model={config.model} has no channels to search; give search=none, or one of '
+            f'{choices}'
+        )
+    return config.search
+
+
+def start(run: Run, net: nn.Module) -> State:
+    """A fresh net, its optimizer, and a mask that is all alive."""
+    config = run.config
     optimizer = create_optimizer_v2(
         net, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum
     )
@@ -199,18 +245,22 @@ def draw(run: Run, state: State, target: float) -> None:
     state.zero_dead_weights_()
     score = measure(run, state)
     if run.accelerator.is_main_process:
+        origin = {'supernet': config.model}
+        if not hasattr(state.net, 'arch'):
+            first = 'pretrained' if config.pretrained else 'random'
+            origin = {'how': f'{config.model} was pruned while it trained, from {first} weights.'}
         facts = {
             'dataset': config.dataset,
             'top1': score['top1'],
             'n': score['n'],
-            'supernet': config.model,
+            **origin,
             'seed': config.seed,
             'command': run.command,
             'versions': {module.__name__: module.__version__ for module in (timm_supertickets, torch, timm)},
         }
         ticket = Ticket.draw(state.best, state.mask, facts=facts, data_config=run.data.config)
         folder = ticket.save(run.report.output / name)
-        score['bytes'] = sum(file.stat().st_size for file in folder.glob('*.safetensors'))
+        score['bytes'] = (folder / PACKED).stat().st_size
     run.report.add(name=name, round=state.round, step=state.round * config.round_steps, loss=loss, **score)
 
 

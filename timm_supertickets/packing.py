@@ -7,7 +7,8 @@ Codes are of fixed width, so that NumPy reads them at the speed of memory, and n
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+import struct
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -264,27 +265,25 @@ def decode_mask(data: bytes, name: str) -> Tensor:
 def _unpack(
     packed: Mapping[str, Tensor], model: nn.Module | None = None
 ) -> tuple[dict[str, Tensor], dict[str, NDArray[np.int64]]]:
-    """The state_dict, and per masked tensor the flat places of its living weights, ascending.
+    """The state_dict, and per masked tensor the flat places of its living weights.
 
-    Parameters of the model that are like what is unpacked are overwritten, and stand in the state_dict themselves.
+    With a model, its parameters that are like what is unpacked are overwritten, and stand in the state_dict
+    themselves; the places are left out.
     """
     room = MAX_WEIGHTS_PER_BYTE * sum(tensor.numel() for tensor in packed.values())
-    parts = {}
-    for name, tensor in packed.items():
-        if name.endswith(FRAME):
-            parts[name.removesuffix(FRAME)] = numbers = _from_frame(tensor, name, room)
-            room -= numbers.numel()
-        elif name not in (CONFIG, DIGEST):
-            parts[name] = tensor
     weights, places = {}, {}
-    for name, tensor in parts.items():
-        dense = name.removesuffix(VALUES)
-        if name.endswith(BITS) and name.removesuffix(BITS) + VALUES in parts:
+    for key, tensor in packed.items():
+        name = key.removesuffix(FRAME)
+        dense, owner = name.removesuffix(VALUES), key.removesuffix(BITS) + VALUES
+        if key in (CONFIG, DIGEST) or (key.endswith(BITS) and (owner in packed or owner + FRAME in packed)):
             continue
-        if name == dense or dense + BITS not in parts:
+        if key != name:
+            tensor = _from_frame(tensor, key, room)
+            room -= tensor.numel()
+        if name == dense or dense + BITS not in packed:
             weights[name] = tensor
             continue
-        shape, living = _living(parts[dense + BITS], dense, room)
+        shape, living = _living(packed[dense + BITS], dense, room)
         room -= math.prod(shape)
         if tensor.ndim != 1 or living.size != tensor.numel():
             raise ValueError(f'ticket: {dense!r} has {tensor.numel()} living values, but its mask counts {living.size}')
@@ -292,7 +291,9 @@ def _unpack(
         flat = _raw(target).view(f'i{tensor.element_size()}')
         flat.fill(0)
         flat[living] = _raw(tensor).view(flat.dtype)
-        weights[dense], places[dense] = target, living
+        weights[dense] = target
+        if model is None:
+            places[dense] = living
     return weights, places
 
 
@@ -322,8 +323,8 @@ def _bits(alive: Tensor) -> Tensor:
     width = min(range(32), key=lambda low: places.size * low + (flat.size >> low))
     steps = np.zeros(places.size + (flat.size >> width), np.bool_)
     steps[(places >> width) + np.arange(places.size)] = True
-    head = np.array([places.size], '<u4').tobytes() + bytes([width])
-    split = head + _pack_ints(places.astype('<u4'), width) + np.packbits(steps, bitorder='little').tobytes()
+    split = struct.pack('<IB', places.size, width)
+    split += _pack_ints(places.astype('<u4'), width) + np.packbits(steps, bitorder='little').tobytes()
     is_split = len(split) < len(bits)
     return _coded(_SPLIT if is_split else _RAW_BITS, alive.shape, split if is_split else bits)
 
@@ -337,7 +338,7 @@ def _living(coded: Tensor, name: str, room: int) -> tuple[tuple[int, ...], NDArr
         return shape, _ones(payload, count, what)
     if kind != _SPLIT or payload.size < 5 or payload[4] > 31:
         raise ValueError(f'ticket: {what} is of no known kind')
-    living, width = int(payload[:4].view('<u4')[0]), int(payload[4])
+    living, width = struct.unpack_from('<IB', payload.data)
     end = 5 + _ints_size(living, width)
     if living > count or payload.size < end:
         raise ValueError(f'ticket: {what} is too short for {living} weights of {count}')
@@ -375,7 +376,7 @@ def _frame(tensor: Tensor) -> Tensor | None:
     bits = [numbers.size * width + (32 + 8 * size) * int(few) for width, few in zip(widths, below, strict=True)]
     width = bits.index(min(bits))
     places = np.flatnonzero(numbers < leasts[width])
-    head = bytes([width]) + leasts[width].to_bytes(8, 'little') + np.array([places.size], '<u4').tobytes()
+    head = struct.pack('<BQI', width, leasts[width], places.size)
     outliers = places.astype('<u4').tobytes() + numbers[places].tobytes()
     numbers = np.maximum(numbers, leasts[width]) - leasts[width]
     coded = _coded(_KINDS[tensor.dtype], tensor.shape, head + outliers + _pack_ints(numbers, width))
@@ -387,16 +388,17 @@ def _from_frame(coded: Tensor, name: str, room: int) -> Tensor:
     if kind not in _FLOATS or payload.size < 13:
         raise ValueError(f'ticket: {name!r} is of no known kind')
     count, size = math.prod(shape), _FLOATS[kind].itemsize
-    width, least, few = int(payload[0]), int(payload[1:9].view('<u8')[0]), int(payload[9:13].view('<u4')[0])
+    width, least, few = struct.unpack_from('<BQI', payload.data)
     middle, end = 13 + 4 * few, 13 + (4 + size) * few
     if width > 8 * size or least >> 8 * size or payload.size != end + _ints_size(count, width):
         raise ValueError(f'ticket: {name!r} is not {count} numbers of {width} bits')
     numbers = _unpack_ints(payload[end:], count, width).astype(f'<u{size}', copy=False)
-    numbers += np.array(least, f'<u{size}')
-    places = payload[13:middle].view('<u4')
-    if few and places.max() >= count:
-        raise ValueError(f'ticket: {name!r} has numbers beyond its {count}')
-    numbers[places] = payload[middle:end].view(numbers.dtype)
+    numbers += numbers.dtype.type(least)
+    if few:
+        places = payload[13:middle].view('<u4')
+        if places.max() >= count:
+            raise ValueError(f'ticket: {name!r} has numbers beyond its {count}')
+        numbers[places] = payload[middle:end].view(numbers.dtype)
     numbers = (numbers >> 1) | (numbers << (8 * size - 1))
     return torch.from_numpy(numbers.view(np.uint8)).view(_FLOATS[kind]).view(shape)
 
@@ -429,23 +431,23 @@ def _ints_size(count: int, width: int) -> int:
     return count * (width // 8) + width % 8 * -(-count // 8)
 
 
-def _coded(kind: int, shape: Iterable[int], payload: bytes) -> Tensor:
-    sizes = np.array(tuple(shape), '<u4')
-    return _bytes(bytes([kind, sizes.size]) + sizes.tobytes() + payload)
+def _coded(kind: int, shape: Sequence[int], payload: bytes) -> Tensor:
+    return _bytes(struct.pack(f'<BB{len(shape)}I', kind, len(shape), *shape) + payload)
 
 
 def _decoded(coded: Tensor, what: str, room: int) -> tuple[int, tuple[int, ...], NDArray[np.uint8]]:
+    """Kind, shape and payload; `room` is the most numbers that the shape may have."""
     if coded.dtype != torch.uint8 or coded.ndim != 1 or coded.numel() < 2:
         raise ValueError(f'ticket: {what} must be bytes, got {coded.dtype} {tuple(coded.shape)}')
     data = _raw(coded)
-    dimensions = int(data[1])
+    kind, dimensions = struct.unpack_from('<BB', data.data)
     start = 2 + 4 * dimensions
     if dimensions > MAX_DIMENSIONS or data.size < start:
         raise ValueError(f'ticket: {what} is no tensor of {dimensions} dimensions')
-    shape = tuple(data[2:start].view('<u4').tolist())
+    shape = struct.unpack_from(f'<{dimensions}I', data.data, 2)
     if math.prod(shape) > room:
         raise ValueError(f'ticket: {what} claims the shape {shape}, too large for a file of this size')
-    return int(data[0]), shape, data[start:]
+    return kind, shape, data[start:]
 
 
 def _raw(tensor: Tensor) -> NDArray[np.uint8]:

@@ -18,7 +18,7 @@ from timm_supertickets import load_ticket, prunable
 
 ROOT = Path(__file__).parents[2]
 SMOKE = ['--config', str(ROOT / 'recipes/configs/smoke.yaml')]
-QUICK = [*SMOKE, 'rounds=2', 'round_steps=3', 'cooldown_steps=2', 'targets=[0.4,0.8]', 'batch_size=8', 'img_size=16']
+QUICK = [*SMOKE, 'rounds=2', 'round_steps=3', 'cooldown_steps=2', 'targets=[0.4,0.8]', 'batch_size=8', 'threads=1']
 FOUR_ROUNDS = [*QUICK, 'rounds=4', 'ema_decay=0.9']
 TICKETS = {'superticket_mbv2_s50': 0.5, 'superticket_mbv2_s80': 0.8, 'superticket_mbv2_s90': 0.9}
 

@@ -3,11 +3,12 @@ import copy
 import pytest
 import timm
 import torch
-from timm.layers import ScaledStdConv2d, StdConv2d
+from timm.layers import CondConv2d, ScaledStdConv2d, StdConv2d
 from torch import nn
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import clip_grad_norm_, parametrizations
 
 from timm_supertickets import Mask, prunable
+from timm_supertickets.sparsity import mask as mask_module
 from timm_supertickets.sparsity.prune import prune
 from timm_supertickets.sparsity.scores import magnitude
 
@@ -228,6 +229,132 @@ def test_prunable_leaves_out_what_is_restandardised():
     assert not any(issubclass(kind, (StdConv2d, ScaledStdConv2d)) for kind in kinds.values())
     tiny = nn.Sequential(StdConv2d(2, 4, 3), nn.Conv2d(4, 4, 1), ScaledStdConv2d(4, 4, 3))
     assert list(prunable(tiny)) == ['1.weight']
+
+
+def on_meta(name, **kwargs):
+    with torch.device('meta'):
+        return timm.create_model(name, **kwargs)
+
+
+# by hand: (weights per block or stage, and how many)
+STOCK = {
+    # two 3x3 convolutions in each of 8 blocks, and 1x1 ones where the stages 2 to 4 begin; the stem conv1 is out
+    'resnet18': sum(9 * c * (i + 3 * c) for i, c in ((64, 64), (64, 128), (128, 256), (256, 512)))
+    + 64 * 128 + 128 * 256 + 256 * 512,
+    # 7x7 depthwise, widening by 4 and back, 2, 2, 6 and 2 blocks; 2x2 convolutions between the stages; stem.0 is out
+    'convnext_atto': sum(n * (49 * c + 8 * c * c) for n, c in ((2, 40), (2, 80), (6, 160), (2, 320)))
+    + 4 * (40 * 80 + 80 * 160 + 160 * 320),
+    # qkv, proj, fc1 and fc2 in each of 12 blocks; patch_embed.proj, pos_embed and head are out
+    'vit_tiny_patch16_224': 12 * (3 + 1 + 4 + 4) * 192 * 192,
+    # (repeats, expansion, kernel, out, in): 1x1, depthwise, squeeze and excite by in / 4, 1x1; conv_head at last
+    'efficientnet_b0': sum(
+        (h * i if e > 1 else 0) + h * k * k + 2 * h * (i // 4) + h * o
+        for r, e, k, o, first in ((1, 1, 3, 16, 32), (2, 6, 3, 24, 16), (2, 6, 5, 40, 24), (3, 6, 3, 80, 40),
+                                  (3, 6, 5, 112, 80), (4, 6, 5, 192, 112), (1, 6, 3, 320, 192))
+        for i in [first, *[o] * (r - 1)]
+        for h in [e * i]
+    ) + 320 * 1280,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('name', STOCK)
+def test_prunable_weights_of_stock_models_by_hand(name):
+    assert sum(weight.numel() for weight in prunable(on_meta(name)).values()) == STOCK[name]
+
+
+def test_all_classifiers_are_left_out():
+    model = on_meta('deit_tiny_distilled_patch16_224')
+    assert model.pretrained_cfg['classifier'] == ('head', 'head_dist')
+    linear = {f'{name}.weight' for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    assert set(prunable(model)) == linear - {'head.weight', 'head_dist.weight'}
+
+
+@pytest.mark.parametrize(
+    ('cfg', 'left_out'),
+    [
+        (None, []),
+        ({}, []),
+        ({'first_conv': None, 'classifier': None}, []),
+        ({'first_conv': [], 'classifier': ''}, []),
+        ({'first_conv': '0', 'classifier': '7'}, ['0', '7']),
+        ({'first_conv': ('0', '3'), 'classifier': ['7']}, ['0', '3', '7']),
+        ({'first_conv': 'gone'}, []),
+    ],
+)
+def test_stem_and_classifier_are_named_once_often_or_not_at_all(cfg, left_out):
+    model = net()
+    if cfg is not None:
+        model.pretrained_cfg = cfg
+    assert list(prunable(model)) == [f'{name}.weight' for name in ('0', '3', '7') if name not in left_out]
+
+
+def test_a_stem_of_several_layers_is_left_out_and_its_namesake_is_not():
+    model = nn.ModuleDict({'stem': nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)), 'stem2': nn.Conv2d(4, 4, 3)})
+    model.pretrained_cfg = {'first_conv': 'stem'}
+    assert list(prunable(model)) == ['stem2.weight']
+
+
+def test_every_kind_of_convolution_but_the_transposed():
+    model = nn.ModuleDict({
+        'one': nn.Conv1d(2, 2, 1), 'two': nn.Conv2d(2, 2, 1), 'three': nn.Conv3d(2, 2, 1),
+        'grouped': nn.Conv2d(8, 4, 3, groups=2), 'depthwise': nn.Conv2d(4, 4, 3, groups=4),
+        'up': nn.ConvTranspose2d(2, 2, 2), 'norm': nn.GroupNorm(1, 2), 'table': nn.Embedding(3, 2),
+        'bilinear': nn.Bilinear(2, 2, 2), 'attention': nn.MultiheadAttention(4, 2),
+    })  # fmt: skip
+    assert {name: tuple(weight.shape) for name, weight in prunable(model).items()} == {
+        'one.weight': (2, 2, 1), 'two.weight': (2, 2, 1, 1), 'three.weight': (2, 2, 1, 1, 1),
+        'grouped.weight': (4, 4, 3, 3), 'depthwise.weight': (4, 1, 3, 3),
+        'attention.out_proj.weight': (4, 4),  # in_proj_weight is a parameter of no linear layer
+    }  # fmt: skip
+    assert list(prunable(nn.Linear(2, 2))) == ['weight']
+
+
+def test_a_shared_weight_counts_once_and_never_with_what_is_left_out():
+    model = nn.ModuleDict({name: nn.Linear(4, 4, bias=False) for name in ('first', 'again', 'body', 'head', 'out')})
+    model['table'] = nn.Embedding(4, 4)
+    model['again'].weight = model['first'].weight
+    model['head'].weight = model['body'].weight
+    model['out'].weight = model['table'].weight
+    model.pretrained_cfg = {'classifier': 'head'}
+    weights = prunable(model)
+    assert list(weights) == ['first.weight']
+    assert weights['first.weight'] is model['again'].weight
+    Mask({'first.weight': torch.eye(4).bool()}).zero_weights_(model)
+    assert int((model['again'].weight != 0).sum()) == 4
+
+
+def old_weight_norm(module):
+    with pytest.warns(FutureWarning, match='weight_norm'):
+        return nn.utils.weight_norm(module)
+
+
+@pytest.mark.parametrize(
+    'wrap', [parametrizations.weight_norm, parametrizations.spectral_norm, old_weight_norm, nn.utils.spectral_norm]
+)
+def test_a_weight_that_is_computed_from_others_is_left_out(wrap, caplog):
+    model = nn.Sequential(wrap(nn.Conv2d(2, 4, 3)), nn.Conv2d(4, 4, 3))
+    model.pretrained_cfg = {'architecture': f'net_{wrap.__module__}_{wrap.__name__}'}
+    assert list(prunable(model)) == ['1.weight']
+    assert 'not pruned: 0' in caplog.text
+
+
+def test_experts_are_left_out(caplog):
+    model = nn.ModuleDict({'mixed': CondConv2d(2, 2, 1, num_experts=2), 'plain': nn.Conv2d(2, 2, 1)})
+    assert list(prunable(model)) == ['plain.weight']
+    assert 'ModuleDict: layers that make their weight anew in forward are not pruned: mixed' in caplog.text
+
+
+def test_what_is_left_out_is_said_in_one_line_and_once(caplog):
+    mask_module._warn_once.cache_clear()
+    model = on_meta('test_nfnet')
+    layers = [name for name, m in model.named_modules() if isinstance(m, ScaledStdConv2d) and name != 'stem.conv1']
+    for _ in range(3):
+        magnitude(copy.deepcopy(model))
+    said = 'test_nfnet: layers that make their weight anew in forward are not pruned: '
+    assert caplog.messages == [f'{said}{", ".join(layers[:3])} and {len(layers) - 3} more']
+    caplog.clear()
+    assert prunable(on_meta('resnet18'))
+    assert not caplog.messages
 
 
 def test_restandardised_zeros_would_not_stay_zero():
