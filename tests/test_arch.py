@@ -4,6 +4,7 @@ import pickle
 import re
 
 import pytest
+import timm
 import torch
 
 from timm_supertickets import Arch
@@ -111,3 +112,29 @@ def test_bad_input_gets_one_clear_line(args, message):
 def test_json_with_other_keys_is_refused(data, found):
     with pytest.raises(ValueError, match=re.escape(f'arch: expected the keys blocks, shape and space, got {found}')):
         Arch.from_json(data)
+
+
+@pytest.mark.parametrize(
+    ('shape', 'blocks', 'message'),
+    [
+        ({'stem': 8, 'head': 10**9}, [{'3': 8}], 'its shape has a number above the limit of 16384'),
+        ({'stem': 8, 'head': -(10**9)}, [{'3': 8}], 'its shape has a number above the limit of 16384'),
+        ({'stem': 8}, [{}] * 1001, '1001 blocks are too many for a net; the limit is 1000'),
+        ({'stages': [[8] * 1000] * 17}, [{}], 'are too many for a net'),
+        ({'stem': 8}, [{'3': 10**9}], '1000000000 hidden channels at these widths are too many for a net'),
+        ({'stem': 16384}, [{'3': 30000}, {'3': 40000}], '70000 hidden channels at these widths are too many'),
+    ],
+)
+def test_numbers_that_no_net_has_are_refused_before_anything_is_built(shape, blocks, message):
+    with pytest.raises(ValueError, match=message):
+        Arch.from_json({'space': 'mbv2', 'shape': shape, 'blocks': blocks})
+
+
+def test_ends_that_no_net_has_are_refused_before_anything_is_built():
+    arch = {'space': 'mbv2', 'shape': {'stem': 8, 'stages': [[8, 1, 1]], 'head': 2048}, 'blocks': [{'3': 8}]}
+    for kwargs in ({'num_classes': 10**9}, {'in_chans': 10**9}):
+        with pytest.raises(ValueError, match='are too many for a net of these widths'):
+            timm.create_model('superticket_mbv2', arch=arch, **kwargs)
+    arch['shape']['stages'] = [[8, 10**4, 1]] * 1000
+    with pytest.raises(ValueError, match='arch has 1 blocks, but its stages ask for 10000000'):
+        timm.create_model('superticket_mbv2', arch=arch)

@@ -5,7 +5,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from timm_supertickets.files import dump_json, dump_safetensors, read_json, read_safetensors, write_atomic
+from timm_supertickets.files import dump_json, dump_safetensors, parse_json, read_json, read_safetensors, write_atomic
 
 TENSORS = {
     'b.weight': torch.arange(12.0).view(3, 4),
@@ -74,6 +74,31 @@ def test_read_json_says_what_is_wrong(tmp_path):
         read_json(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ('text', 'message'),
+    [
+        ('{"a": 1, "b": {"c": 1, "d": 2, "c": 3}}', "'c' is there twice"),
+        ('{"a": 1, "a": 1}', "'a' is there twice"),
+        ('[NaN]', 'NaN is no number of JSON'),
+        ('[-Infinity]', '-Infinity is no number of JSON'),
+        ('[1e999]', '1e999 is no number of JSON'),
+        ('[' * 100_000, 'recursion'),
+        ('9' * 5000, 'digits'),
+        ('', 'Expecting value'),
+    ],
+)
+def test_json_that_parsers_read_in_two_ways_is_refused(text, message):
+    with pytest.raises(ValueError, match=f'here is not readable as JSON: .*{message}') as caught:
+        parse_json(text.encode(), 'here')
+    assert '\n' not in str(caught.value)
+
+
+def test_json_is_read_as_it_is():
+    assert parse_json(b'{"a": [1, 2.5, -1e3, null, true, "\xc3\xbc"]}', 'here') == {
+        'a': [1, 2.5, -1000, None, True, 'ü']
+    }
+
+
 def test_safetensors_round_trip(tmp_path):
     path = tmp_path / 'x.safetensors'
     path.write_bytes(dump_safetensors(TENSORS, METADATA))
@@ -133,3 +158,46 @@ def test_a_missing_file_and_a_folder_are_errors(tmp_path):
         read_safetensors(tmp_path / 'x.safetensors')
     with pytest.raises(ValueError, match='is not a whole safetensors file'):
         read_safetensors(tmp_path)
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        lambda header: header.replace(b':', b': ', 1),
+        lambda header: header + b'\t',
+        lambda header: header.replace(b'"b.weight"', b'"\\u0062.weight"'),
+        lambda header: header[:-1] + b',"a.count":{"dtype":"I64","shape":[],"data_offsets":[0,8]}}',
+    ],
+    ids=['space', 'tab', 'escape', 'twice'],
+)
+def test_a_header_that_says_the_same_in_other_bytes_is_refused(tmp_path, change):
+    path = tmp_path / 'x.safetensors'
+    data = dump_safetensors(TENSORS, METADATA)
+    size = struct.unpack('<Q', data[:8])[0]
+    header = change(data[8 : 8 + size].rstrip(b' '))
+    header += b' ' * (-len(header) % 8)
+    path.write_bytes(struct.pack('<Q', len(header)) + header + data[8 + size :])
+    with pytest.raises(ValueError, match=r'is not a whole safetensors file|is there twice') as caught:
+        read_safetensors(path)
+    assert 'x.safetensors' in str(caught.value)
+
+
+def test_every_byte_of_a_header_counts(tmp_path):
+    path = tmp_path / 'x.safetensors'
+    data = dump_safetensors({'a': torch.arange(3.0), 'b': torch.zeros(2)}, {'k': 'v'})
+    whole = {name: (tensor.dtype, tensor.tolist()) for name, tensor in read(path, data)[0].items()}
+    for place in range(8, 8 + struct.unpack('<Q', data[:8])[0]):
+        for bit in range(8):
+            bad = bytearray(data)
+            bad[place] ^= 1 << bit
+            try:
+                tensors, metadata = read(path, bytes(bad))
+            except ValueError:
+                continue
+            found = {name: (tensor.dtype, tensor.tolist()) for name, tensor in tensors.items()}
+            assert (found, metadata) != (whole, {'k': 'v'})
+
+
+def read(path, data):
+    path.write_bytes(data)
+    return read_safetensors(path)

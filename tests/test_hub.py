@@ -309,7 +309,8 @@ def test_token_true_wants_one_that_is_saved(hub, ticket, monkeypatch):
 
 
 def test_large_files_go_to_lfs_storage(hub, tmp_path):
-    large = draw(num_classes=160_000)  # 16 features each: 10 MB of classifier
+    arch = {**MICRO, 'shape': {**MICRO['shape'], 'head': 32}}
+    large = draw(arch=arch, num_classes=80_000)  # 32 features each: 10 MB of classifier
     push(large)
     saved = large.save(tmp_path / 'large', dense=True)
     files = hub.repos[NAME].history()[0].files

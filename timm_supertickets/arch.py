@@ -52,6 +52,11 @@ class Arch:
                 return value
         raise ValueError(f'arch of space {self.space!r} has no {name!r}; it has: {", ".join(k for k, _ in self.shape)}')
 
+    @property
+    def widest(self) -> float:
+        """The largest number of the shape: no layer between blocks is wider."""
+        return max(map(abs, _numbers(self.shape)), default=1)
+
     def shrunk(self, groups: Iterable[ChannelGroup], keep: Mapping[str, Tensor]) -> 'Arch':
         """The member that is left when only the channels marked in `keep` live on.
 
@@ -134,7 +139,7 @@ def _check_extent(arch: Arch) -> None:
         raise ValueError(f'arch: {len(arch.blocks)} blocks are too many for a net; the limit is {MAX_BLOCKS}')
     if not all(abs(number) <= MAX_NUMBER for number in numbers):
         raise ValueError(f'arch: its shape has a number above the limit of {MAX_NUMBER}')
-    if 2 * hidden * max(map(abs, numbers), default=1) > MAX_WEIGHTS:
+    if 2 * hidden * arch.widest > MAX_WEIGHTS:
         raise ValueError(f'arch: {hidden} hidden channels at these widths are too many for a net')
 
 

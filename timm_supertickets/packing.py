@@ -33,16 +33,18 @@ _FLOATS = {2: torch.float32, 3: torch.float16, 4: torch.bfloat16, 5: torch.float
 _KINDS = {dtype: kind for kind, dtype in _FLOATS.items()}
 # a frame costs time at every load: it must save so many bytes
 _FRAME_SAVES = 512
-# 1 KiB of float32 per byte of the file; a ticket with one weight in a thousand alive needs 185
-MAX_WEIGHTS_PER_BYTE = 256
-MAX_DIMENSIONS = 8
+# codes may unpack to so many numbers per byte of the file, or to so many at least: 1 KiB and 64 MiB of float32.
+# A large net with one weight in a thousand alive needs 185 per byte
+_NUMBERS_PER_BYTE = 256
+_NUMBERS = 2**24
+_DIMENSIONS = 8
 # what a ticket says of timm's pretrained_cfg
 CFG_KEYS = (
     'tag', 'input_size', 'fixed_input_size', 'interpolation', 'crop_pct', 'crop_mode', 'mean', 'std', 'num_classes',
     'label_names', 'pool_size', 'first_conv', 'classifier', 'license', 'description',
 )  # fmt: skip
-# what timm adds to that of a config.json, to know where it came from
-_WHENCE = ('source', 'file', 'hf_hub_id')
+# what timm adds to that of a config.json, by where it came from
+_WHENCE = {'local-dir': ('source', 'file'), 'hf-hub': ('source', 'hf_hub_id')}
 
 
 def pack(weights: Mapping[str, Tensor], mask: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -61,7 +63,7 @@ def pack(weights: Mapping[str, Tensor], mask: Mapping[str, Tensor], config: Mapp
         The packed tensors, the config and their digest.
 
     Raises:
-        ValueError: Two tensors would have the same name.
+        ValueError: Two tensors would have the same name, or next to nothing is alive.
     """
     parts: list[tuple[str, Tensor]] = [(CONFIG, _bytes(dump_config(config)))]
     for name, weight in weights.items():
@@ -76,6 +78,8 @@ def pack(weights: Mapping[str, Tensor], mask: Mapping[str, Tensor], config: Mapp
     if len(packed) < len(parts) or DIGEST in packed:
         raise ValueError('ticket: a tensor has a name that packing needs for another one')
     packed[DIGEST] = digest(packed)
+    if sum(weight.numel() for weight in weights.values()) > _room(packed):
+        raise ValueError('ticket: so few weights are alive that no file of its size would be trusted to hold them')
     return packed
 
 
@@ -125,13 +129,13 @@ def check_model(config: Mapping[str, Any], model: Any) -> None:
     arch, saved = getattr(model, 'arch', None), config['model_args'].get('arch')
     if (arch if isinstance(arch, Arch) else None) != (None if saved is None else Arch.from_json(saved)):
         raise ValueError('ticket: its weights were saved for another arch than the one that they are loaded into')
-    if model.pretrained_cfg.get('source') not in ('local-dir', 'hf-hub'):
+    added = _WHENCE.get(model.pretrained_cfg.get('source'))
+    if added is None:
         return
     cfg = PretrainedCfg(**config['pretrained_cfg'], architecture=config['architecture']).to_dict()
-    read = {'pretrained_cfg': model.pretrained_cfg, 'model_args': model.pretrained_model_args}
-    for key, saved in (('pretrained_cfg', cfg), ('model_args', config['model_args'])):
-        found = {name: value for name, value in read[key].items() if name not in _WHENCE}
-        check_same({key: {k: v for k, v in saved.items() if k not in _WHENCE}}, {key: found}, 'config.json')
+    expected = {'pretrained_cfg': cfg, 'model_args': config['model_args']}
+    found = {key: value for key, value in model.pretrained_cfg.items() if key not in added}
+    check_same(expected, {'pretrained_cfg': found, 'model_args': model.pretrained_model_args}, 'config.json')
 
 
 def check_same(saved: Any, found: Any, where: str, path: str = '') -> None:
@@ -252,14 +256,16 @@ def encode_mask(alive: Tensor) -> bytes:
     return _bits(alive).numpy().tobytes()
 
 
-def decode_mask(data: bytes, name: str) -> Tensor:
+def decode_mask(data: bytes, name: str, shape: Sequence[int]) -> Tensor:
     """Undo `encode_mask`.
 
     Raises:
-        ValueError: The data cannot be read; the name is quoted.
+        ValueError: The data cannot be read, or is for another shape; the name is quoted.
     """
-    shape, living = _living(_bytes(data), name, MAX_WEIGHTS_PER_BYTE * (len(data) + 1))
-    return _alive(shape, living, name)
+    found, living = _living(_bytes(data), name, math.prod(shape))
+    if found != tuple(shape):
+        raise ValueError(f'ticket: mask of {name!r} is for the shape {found}, the weight has {tuple(shape)}')
+    return _alive(found, living, name)
 
 
 def _unpack(
@@ -270,7 +276,7 @@ def _unpack(
     With a model, its parameters that are like what is unpacked are overwritten, and stand in the state_dict
     themselves; the places are left out.
     """
-    room = MAX_WEIGHTS_PER_BYTE * sum(tensor.numel() for tensor in packed.values())
+    room = _room(packed)
     weights, places = {}, {}
     for key, tensor in packed.items():
         name = key.removesuffix(FRAME)
@@ -295,6 +301,11 @@ def _unpack(
         if model is None:
             places[dense] = living
     return weights, places
+
+
+def _room(packed: Mapping[str, Tensor]) -> int:
+    """How many numbers a file's codes may unpack to."""
+    return max(_NUMBERS, _NUMBERS_PER_BYTE * sum(tensor.numel() for tensor in packed.values()))
 
 
 def _alive(shape: tuple[int, ...], living: NDArray[np.int64], name: str) -> Tensor:
@@ -442,7 +453,7 @@ def _decoded(coded: Tensor, what: str, room: int) -> tuple[int, tuple[int, ...],
     data = _raw(coded)
     kind, dimensions = struct.unpack_from('<BB', data.data)
     start = 2 + 4 * dimensions
-    if dimensions > MAX_DIMENSIONS or data.size < start:
+    if dimensions > _DIMENSIONS or data.size < start:
         raise ValueError(f'ticket: {what} is no tensor of {dimensions} dimensions')
     shape = struct.unpack_from(f'<{dimensions}I', data.data, 2)
     if math.prod(shape) > room:

@@ -393,7 +393,7 @@ def _from_dense(
     for name, bits in said['mask'].items():
         if name not in tensors:
             raise ValueError(f'the mask names {name!r}, which the weights lack')
-        mask[name] = decode_mask(base64.b64decode(str(bits)), name) if bits else tensors[name] != 0
+        mask[name] = decode_mask(base64.b64decode(str(bits)), name, tensors[name].shape) if bits else tensors[name] != 0
     return config, dict(tensors), mask
 
 

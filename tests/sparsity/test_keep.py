@@ -70,7 +70,8 @@ def revived(model, mask):
 def make(name, settings, model):
     kind = OPTIMIZERS[name]
     params = [p for p in model.parameters() if name != 'Muon' or p.ndim == 2]  # Muon takes matrices only
-    return kind(params, **{'lr': 0.01, **settings})
+    # with larger steps LBFGS fits the data to the last digit, and then divides by nothing
+    return kind(params, **{'lr': 0.001 if name == 'LBFGS' else 0.01, **settings})
 
 
 def test_the_common_optimizers_are_among_those_tried():

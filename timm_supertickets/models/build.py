@@ -6,10 +6,8 @@ from typing import Any
 from timm.models import build_model_with_cfg
 from torch import Tensor, nn
 
-from ..arch import MAX_NUMBER, Arch
+from ..arch import MAX_WEIGHTS, Arch
 from ..packing import unpack_for_model
-
-MAX_CLASSES = 2**17
 
 
 def describe(**changes: Any) -> dict[str, Any]:
@@ -49,17 +47,16 @@ def positive(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def check_ends(in_chans: int, num_classes: int) -> None:
+def check_ends(arch: Arch, in_chans: int, num_classes: int) -> None:
     """Check the numbers of input channels and classes.
 
     Raises:
-        ValueError: No channels, or so many channels or classes that a config.json must be wrong.
+        ValueError: No channels, or so many channels or classes that no net of these widths can be meant.
     """
     if in_chans < 1:
         raise ValueError(f'in_chans must be at least 1, got {in_chans}')
-    if in_chans > MAX_NUMBER or num_classes > MAX_CLASSES:
-        limits = f'{MAX_NUMBER} and {MAX_CLASSES}'
-        raise ValueError(f'in_chans and num_classes must be at most {limits}, got {in_chans} and {num_classes}')
+    if max(in_chans, num_classes) * arch.widest > MAX_WEIGHTS:
+        raise ValueError(f'{in_chans} input channels and {num_classes} classes are too many for a net of these widths')
 
 
 def check_size(x: Tensor, stride: int) -> None:

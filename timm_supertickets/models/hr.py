@@ -268,7 +268,7 @@ class MixedHRNet(nn.Module):
     ) -> None:
         super().__init__()
         arch = check_arch(Arch.from_json(arch))
-        check_ends(in_chans, num_classes)
+        check_ends(arch, in_chans, num_classes)
         self.arch = arch
         settings: dict[str, Any] = {
             'drop_path_rate': drop_path_rate,

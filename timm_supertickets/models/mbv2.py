@@ -75,7 +75,7 @@ class MixedMobileNetV2(EfficientNet):
     ) -> None:
         nn.Module.__init__(self)  # only the blocks differ from timm's, and timm's constructor builds its own
         arch = check_arch(Arch.from_json(arch))
-        check_ends(in_chans, num_classes)
+        check_ends(arch, in_chans, num_classes)
         if output_stride not in (8, 16, 32):
             raise ValueError(f'output_stride must be 8, 16 or 32, got {output_stride}')
         self.arch = arch
