@@ -132,7 +132,7 @@ def _first_cut(path: Path) -> str:
             size = int.from_bytes(file.read(8), 'little')
             if size > HEADER_LIMIT:
                 return ''
-            header = json.loads(file.read(size))
+            header = json.loads(file.read(size).decode())
             there = path.stat().st_size - 8 - size
         ends = {name: entry['data_offsets'][1] for name, entry in header.items() if name != '__metadata__'}
         cut = sorted((end, name) for name, end in ends.items() if end > there)

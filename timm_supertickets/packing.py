@@ -381,7 +381,7 @@ def _frame(tensor: Tensor) -> Tensor | None:
     numbers = _raw(tensor).view(f'<u{size}')
     numbers = (numbers << 1) | (numbers >> (8 * size - 1))  # the sign goes last: in order of magnitude
     ordered = np.sort(numbers)
-    top, widths = int(ordered[-1]), range(8 * size + 1)
+    top, widths = int(ordered[-1]), range(8 * size)
     leasts = [max(int(ordered[0]), top + 1 - 2**width) for width in widths]
     below = np.searchsorted(ordered, np.array(leasts, ordered.dtype))
     bits = [numbers.size * width + (32 + 8 * size) * int(few) for width, few in zip(widths, below, strict=True)]
