@@ -105,7 +105,8 @@ def named(tmp_path_factory):
         assert same(tickets[name].weights, model.state_dict())
     jobs = [(str(root / name), name, kwargs) for name in NAMED for kwargs in VARIANTS.values()]
     # other numbers of threads add up in another order
-    code = f'{PLAIN}\ntorch.set_num_threads({torch.get_num_threads()})\nprint(json.dumps([told(*job) for job in {jobs!r}]))'
+    code = f'{PLAIN}\ntorch.set_num_threads({torch.get_num_threads()})\n'
+    code += f'print(json.dumps([told(*job) for job in {jobs!r}]))'
     ran = subprocess.run([sys.executable, '-W', 'error', '-c', code], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
     told = iter(json.loads(ran.stdout))
