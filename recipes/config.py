@@ -1,10 +1,11 @@
 """The typed configuration of a run: a YAML file and key=value on the command line."""
 
+import math
 import re
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
@@ -13,8 +14,8 @@ CONFIGS = Path(__file__).parent / 'configs'
 
 
 @dataclass
-class Config:
-    """What a run does. Shares are of the trunk's steps.
+class Setup:
+    """What every training has: images, an optimizer, rounds, and a folder.
 
     Args:
         dataset: `digits` (embedded), `fashion_mnist`, or a dataset name of timm: `hfds/...`, `hfids/...`, `folder`.
@@ -34,35 +35,19 @@ class Config:
         color_jitter: Strength.
         auto_augment: timm's augmentation string, e.g. `rand-m9-mstd0.5`.
         reprob: Probability of random erasing.
-        model: A registered supernet, or any other model of timm, which is then pruned without search.
-        model_args: More arguments of the model, e.g. `{width: 0.5}`.
-        pretrained: Start from the model's pretrained weights, with images normalised as those had them.
         opt: Optimizer, by timm's name.
-        lr: Learning rate of the trunk.
+        lr: Learning rate at first.
         momentum: Momentum.
         weight_decay: Weight decay; not on biases and norms.
         warmup_steps: Steps in which the learning rate rises from zero.
         clip_grad: Largest norm of the gradient of the living weights; 0 does not clip.
         smoothing: Label smoothing.
         ema_decay: Decay of an average of the weights, which is then what a ticket holds; 0 keeps none.
-        rounds: Rounds of the trunk; an event follows each.
+        rounds: Rounds of training; each ends with a score and a checkpoint.
         round_steps: Steps per round.
-        cooldown_steps: Steps of the branch that finishes a ticket: mask fixed, learning rate falling to zero.
-        recalibrate: Batches that batch norm is measured anew on, after every event and before a ticket is saved.
-        search: How channels are chosen: `budget`, `threshold` or `none`; `auto`: `budget` for a supernet, else `none`.
-        search_until: Share of the trunk after which the architecture is fixed.
-        budget: Share of the supernet's MACs that the architecture is left with, for `search: budget`.
-        threshold: Gate magnitude below which a channel dies, for `search: threshold`.
-        penalty: Weight of the gates' penalty during the search.
-        penalty_warmup: Share of the trunk in which the penalty rises from zero.
-        targets: Sparsities at which a ticket is drawn, rising.
-        schedule: How sparsity rises: `cubic`, or in equal `steps` (the paper's).
-        prune_from: Share of the trunk after which pruning starts.
-        prune_until: Share of the trunk at which the last target is reached.
-        scope: Which weights compete: `global` or `tensor`.
+        recalibrate: Batches that batch norm is measured anew on, after every round and before a ticket is saved.
         floor: Living weights that every tensor keeps.
-        reactivation: Which dead weights may come back between events: `none`, `reset` or `regrow`.
-        regrow_share: Share of the living weights that `regrow` trades at first; it falls to zero until `prune_until`.
+        scope: Which weights compete: `global` or `tensor`.
         threads: Threads of torch on a CPU; 0 shares all cores among the processes (`accelerate launch` allows one).
         seed: Seed of everything.
         output: Folder of the run.
@@ -86,9 +71,6 @@ class Config:
     color_jitter: float = 0.0
     auto_augment: str | None = None
     reprob: float = 0.0
-    model: str = 'supernet_mbv2_tiny'
-    model_args: dict[str, Any] = field(default_factory=dict)
-    pretrained: bool = False
     opt: str = 'sgd'
     lr: float = 0.1
     momentum: float = 0.9
@@ -99,8 +81,93 @@ class Config:
     ema_decay: float = 0.0
     rounds: int = 16
     round_steps: int = 40
-    cooldown_steps: int = 160
     recalibrate: int = 36
+    floor: int = 1
+    scope: Literal['global', 'tensor'] = 'global'
+    threads: int = 0
+    seed: int = 0
+    output: str = 'output/run'
+    resume: str = 'auto'
+
+    def __post_init__(self) -> None:
+        self.within(1, math.inf, 'round_steps', 'batch_size', 'img_size', 'in_chans')
+        self.within(
+            0, math.inf, 'rounds', 'warmup_steps', 'clip_grad', 'workers', 'floor', 'recalibrate', 'seed', 'threads'
+        )
+        self.within(0, 1, 'hflip', 'reprob')
+        self.within(0, 1, 'ema_decay', 'smoothing', end=False)
+        self.within(0, 1, 'scale', start=False)
+        self.within(1, math.inf, 'ratio')
+        if self.in_chans not in (1, 3):
+            raise ValueError(f'in_chans must be 1 or 3, got {self.in_chans}')
+
+    def within(self, low: float, high: float, *names: str, start: bool = True, end: bool = True) -> None:
+        """Check that values are in a range.
+
+        Args:
+            low: Its start.
+            high: Its end; may be infinite.
+            names: Keys; a list must hold such values only.
+            start: Whether the start itself is allowed.
+            end: Whether the end itself is.
+
+        Raises:
+            ValueError: A value is not; its key is named.
+        """
+        if math.isinf(high):
+            wanted = f'at least {low}'
+        else:
+            wanted = f'in {"[" if start else "("}{low}, {high}{"]" if end else ")"}'
+        for name in names:
+            value = getattr(self, name)
+            for one in value if isinstance(value, list) else [value]:
+                if not low <= one <= high or (one == low and not start) or (one == high and not end):
+                    raise ValueError(f'{name} must be {wanted}, got {value}')
+
+    @property
+    def steps(self) -> int:
+        """Steps of all rounds."""
+        return self.rounds * self.round_steps
+
+    @property
+    def all_steps(self) -> int:
+        """Steps of the whole run."""
+        return self.steps
+
+    def to_yaml(self) -> str:
+        """The resolved configuration, as a file that `--config` takes."""
+        return yaml.safe_dump(asdict(self), sort_keys=False)
+
+
+@dataclass
+class Config(Setup):
+    """What a run of train.py does. Shares are of the trunk's steps, which are those of all rounds.
+
+    Args:
+        model: A registered supernet, or any other model of timm, which is then pruned without search.
+        model_args: More arguments of the model, e.g. `{width: 0.5}`.
+        pretrained: Start from the model's pretrained weights, with images normalised as those had them.
+        cooldown_steps: Steps of the branch that finishes a ticket: mask fixed, learning rate falling to zero.
+        search: How channels are chosen: `budget`, `threshold` or `none`; `auto`: `budget` for a supernet, else `none`.
+        search_until: Share of the trunk after which the architecture is fixed.
+        budget: Share of the supernet's MACs that the architecture is left with, for `search: budget`.
+        threshold: Gate magnitude below which a channel dies, for `search: threshold`.
+        penalty: Weight of the gates' penalty during the search.
+        penalty_warmup: Share of the trunk in which the penalty rises from zero.
+        targets: Sparsities at which a ticket is drawn, rising; 0 draws a dense one when pruning ends.
+        schedule: How sparsity rises: `cubic`, or in equal `steps` (the paper's).
+        prune_from: Share of the trunk after which pruning starts.
+        prune_until: Share of the trunk at which the last target is reached.
+        reactivation: Which dead weights may come back between events: `none`, `reset` or `regrow`.
+        reactivate_until: Share of the trunk after which the dead stay dead.
+        regrow_share: Share of the living weights that `regrow` trades at first; it falls to zero on the way.
+        keep_initial: Also save every ticket with the weights that the run began with, as `NAME_initial`.
+    """
+
+    model: str = 'supernet_mbv2_tiny'
+    model_args: dict[str, Any] = field(default_factory=dict)
+    pretrained: bool = False
+    cooldown_steps: int = 160
     search: Literal['auto', 'budget', 'threshold', 'none'] = 'auto'
     search_until: float = 0.5
     budget: float = 0.5
@@ -111,72 +178,52 @@ class Config:
     schedule: Literal['cubic', 'steps'] = 'cubic'
     prune_from: float = 0.0
     prune_until: float = 1.0
-    scope: Literal['global', 'tensor'] = 'global'
-    floor: int = 1
     reactivation: Literal['none', 'reset', 'regrow'] = 'regrow'
+    reactivate_until: float = 1.0
     regrow_share: float = 0.2
-    threads: int = 0
-    seed: int = 0
-    output: str = 'output/digits'
-    resume: str = 'auto'
+    keep_initial: bool = False
 
     def __post_init__(self) -> None:
-        _in_range('targets', self.targets, [0 <= t < 1 for t in self.targets], 'sparsities in [0, 1)')
-        rising = [b > a for a, b in zip(self.targets, self.targets[1:], strict=False)]
-        _in_range('targets', self.targets, rising, 'rising: a ticket cannot have less sparsity than the one before')
+        super().__post_init__()
+        self.within(1, math.inf, 'rounds')
         if not self.targets:
             raise ValueError('targets is empty; name at least one sparsity, e.g. targets=[0.9]')
-        for name in ('rounds', 'round_steps', 'batch_size', 'img_size', 'in_chans'):
-            _in_range(name, getattr(self, name), [getattr(self, name) >= 1], 'at least 1')
-        for name in (
-            'cooldown_steps',
-            'warmup_steps',
-            'clip_grad',
-            'penalty',
-            'workers',
-            'floor',
-            'recalibrate',
-            'seed',
-            'threads',
-        ):
-            _in_range(name, getattr(self, name), [getattr(self, name) >= 0], 'at least 0')
-        for name in ('search_until', 'prune_from', 'prune_until', 'penalty_warmup', 'hflip', 'reprob'):
-            _in_range(name, getattr(self, name), [0 <= getattr(self, name) <= 1], 'in [0, 1]')
-        for name in ('regrow_share', 'ema_decay', 'smoothing'):
-            _in_range(name, getattr(self, name), [0 <= getattr(self, name) < 1], 'in [0, 1)')
-        for name in ('budget', 'scale'):
-            _in_range(name, getattr(self, name), [0 < getattr(self, name) <= 1], 'in (0, 1]')
-        _in_range('ratio', self.ratio, [self.ratio >= 1], 'at least 1')
-        _in_range('in_chans', self.in_chans, [self.in_chans in (1, 3)], '1 or 3')
+        self.within(0, 1, 'targets', 'regrow_share', end=False)
+        if any(b <= a for a, b in zip(self.targets, self.targets[1:], strict=False)):
+            raise ValueError(
+                f'targets must be rising, got {self.targets}: a ticket cannot have less sparsity than the one before'
+            )
+        self.within(0, math.inf, 'cooldown_steps', 'penalty')
+        self.within(0, 1, 'search_until', 'prune_from', 'prune_until', 'penalty_warmup', 'reactivate_until')
+        self.within(0, 1, 'budget', start=False)
 
     @property
-    def steps(self) -> int:
-        """Steps of the trunk."""
-        return self.rounds * self.round_steps
-
-    def to_yaml(self) -> str:
-        """The resolved configuration, as a file that `--config` takes."""
-        return yaml.safe_dump(asdict(self), sort_keys=False)
+    def all_steps(self) -> int:
+        """Steps of the trunk and of all branches."""
+        return self.steps + len(self.targets) * self.cooldown_steps
 
 
-def _in_range(name: str, value: object, holds: list[bool], wanted: str) -> None:
-    if not all(holds):
-        raise ValueError(f'{name} must be {wanted}, got {value}')
+Kind = TypeVar('Kind')
 
 
-def parse(argv: list[str], default: str = 'mbv2_digits.yaml') -> Config:
+def parse(
+    argv: list[str], kind: type[Kind] = Config, default: str = 'mbv2_digits.yaml', prog: str = 'train.py'
+) -> Kind:
     """Read `--config FILE key=value ...`.
 
     Args:
         argv: The command line without the program.
+        kind: The configuration that is asked for.
         default: The file in `configs/` that is read when none is named.
+        prog: The program, for its help.
 
     Raises:
         ValueError: An unknown key or a value that does not fit, in one line.
     """
-    parser = ArgumentParser(prog='train.py', description='Draw tickets from a supernet.', exit_on_error=False)
+    about = (kind.__doc__ or '').splitlines()[0]
+    parser = ArgumentParser(prog=prog, description=about, exit_on_error=False)
     parser.add_argument('--config', action='config', help='a YAML file of keys and values')
-    parser.add_class_arguments(Config)
+    parser.add_class_arguments(kind)
     argv = [f'--{arg}' if '=' in arg and not arg.startswith('-') else arg for arg in argv]
     if not any(arg == '--config' or arg.startswith('--config=') for arg in argv):
         argv = ['--config', str(CONFIGS / default), *argv]
@@ -186,8 +233,8 @@ def parse(argv: list[str], default: str = 'mbv2_digits.yaml') -> Config:
         message = ' '.join(str(error).split())
         unknown = re.search(r"Option '(\w+)' is not accepted|unrecognized arguments: -*(\w+)", message)
         if unknown:
-            known = [f.name for f in fields(Config)]
+            known = [f.name for f in fields(kind)]
             key = unknown[1] or unknown[2]
             message = f'unknown key {key!r}; did you mean {", ".join(get_close_matches(key, known, 3) or known)}?'
         raise ValueError(f'{message} (read from: {" ".join(argv)})') from None
-    return Config(**{f.name: parsed[f.name] for f in fields(Config)})
+    return kind(**{f.name: parsed[f.name] for f in fields(kind)})

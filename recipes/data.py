@@ -2,20 +2,19 @@
 
 import gzip
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from config import Config
+from config import Setup
 from numpy.typing import NDArray
 from PIL import Image
-from timm.data import create_dataset, create_loader
+from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD, create_dataset, create_loader
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -74,8 +73,13 @@ class Data:
         return size
 
 
-def create_data(config: Config, accelerator: Accelerator) -> Data:
+def create_data(config: Setup, accelerator: Accelerator, known: Mapping[str, Any] | None = None) -> Data:
     """Make the loaders of a run.
+
+    Args:
+        config: Names the dataset.
+        accelerator: Shares it among the processes.
+        known: The `pretrained_cfg` of weights that are used to a mean and a standard deviation; else both are 0.5.
 
     Raises:
         ValueError: The dataset is missing, empty, smaller than a batch, or has other classes than the model.
@@ -96,7 +100,7 @@ def create_data(config: Config, accelerator: Accelerator) -> Data:
             f'split {config.train_split!r} of dataset {config.dataset!r} has {len(train)} images, fewer than a batch '
             f'of {config.batch_size} on {accelerator.num_processes} processes; give a smaller batch_size='
         )
-    mean, std = _normalization(config)
+    mean, std = _normalization(config.in_chans, known or {})
     shared = {
         'input_size': (config.in_chans, config.img_size, config.img_size),
         'batch_size': config.batch_size,
@@ -152,19 +156,15 @@ def batches(loader: Any, steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor
         epoch += 1
 
 
-def _normalization(config: Config) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel: 0.5, or those that pretrained weights are used to."""
-    if config.pretrained and config.in_chans == 3:
-        try:
-            known = timm.get_pretrained_cfg(config.model)
-        except RuntimeError as error:
-            raise ValueError(f'model={config.model}: {error}') from None
-        if known is not None:
-            return known.mean, known.std
-    return ((0.5,) * config.in_chans,) * 2
+def _normalization(in_chans: int, known: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel."""
+    mean, std = (tuple(known.get(key) or ()) for key in ('mean', 'std'))
+    if len(mean) == len(std) == in_chans:
+        return mean, std
+    return IMAGENET_INCEPTION_MEAN[:in_chans], IMAGENET_INCEPTION_STD[:in_chans]
 
 
-def _datasets(config: Config) -> tuple[Any, Any, list[str]]:
+def _datasets(config: Setup) -> tuple[Any, Any, list[str]]:
     mode = 'L' if config.in_chans == 1 else 'RGB'
     if config.dataset == 'digits':
         return _digits(mode)

@@ -32,12 +32,17 @@ def sparsity(config: Config, step: int) -> float:
 
 
 def due(config: Config, step: int, drawn: int) -> list[float]:
-    """The targets that the trunk has reached at this step and that have not been drawn."""
-    return [target for target in config.targets[drawn:] if target <= sparsity(config, step)]
+    """The targets that the trunk has reached at this step and that have not been drawn; a dense one waits."""
+    reached, ended = sparsity(config, step), step >= config.prune_until * config.steps
+    return [target for target in config.targets[drawn:] if target <= reached and (target > 0 or ended)]
+
+
+def reactivating(config: Config, step: int) -> bool:
+    """Whether dead weights may come back after the event at this step."""
+    return config.reactivation != 'none' and step < config.reactivate_until * config.steps
 
 
 def regrow_share(config: Config, step: int) -> float:
     """Share of the living weights that `regrow` trades at this step."""
-    return schedule.cosine(
-        step, config.prune_from * config.steps, config.prune_until * config.steps, config.regrow_share
-    )
+    start, stop = config.prune_from * config.steps, config.reactivate_until * config.steps
+    return schedule.cosine(step, start, stop, config.regrow_share)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from config import Config
+from config import Setup
 from rich.console import Console
 from rich.table import Table
 from state import find_checkpoint
@@ -19,7 +19,7 @@ from timm_supertickets.files import write_atomic
 
 COLUMNS = (
     'name', 'round', 'step', 'loss', 'top1', 'n', 'sparsity', 'sparsity_all', 'macs', 'sparse_macs', 'params',
-    'bytes', 'dense_bytes', 'seconds',
+    'bytes', 'dense_bytes', 'train_macs', 'seconds',
 )  # fmt: skip
 TRUNK = 'trunk'
 
@@ -35,16 +35,14 @@ class Report:
         ValueError: The output folder holds something else.
     """
 
-    def __init__(self, config: Config, main: bool) -> None:
+    def __init__(self, config: Setup, main: bool) -> None:
         self.config, self.main = config, main
         self.output = Path(config.output)
         self.rows: list[dict[str, Any]] = []
         self.started = time.monotonic()
         if main:
             self._claim_folder()
-        self._bar = tqdm(
-            total=config.steps + len(config.targets) * config.cooldown_steps, disable=not main, unit='step'
-        )
+        self._bar = tqdm(total=config.all_steps, disable=not main, unit='step')
 
     def _claim_folder(self) -> None:
         path = self.output / 'config.yaml'
@@ -99,12 +97,12 @@ class Report:
             writer.writerows(self.rows)
             write_atomic(self.output / 'summary.csv', text.getvalue().encode())
 
-    def finish(self) -> None:
+    def finish(self, title: str) -> None:
         """Print the table of tickets, and how to load them."""
         self._bar.close()
         if not self.main:
             return
-        table = Table(title=f'{len(self.tickets)} tickets from one run of {self.config.model} on {self.config.dataset}')
+        table = Table(title=title)
         for column in ('ticket', 'sparsity', 'of all', 'MMACs', 'sparse', 'params', 'bytes', 'dense', 'top-1', 'n'):
             table.add_column(column, justify='left' if column == 'ticket' else 'right', no_wrap=True)
         for row in self.tickets:

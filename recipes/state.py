@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import extract_model_from_parallel
-from config import Config
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -36,6 +35,8 @@ class State:
         round: Rounds that are behind us.
         drawn: Tickets that have been drawn.
         gradients: Dense gradients of the masked weights at the end of the last round; only `regrow` asks for them.
+        spent: Multiply-accumulates that training has cost.
+        initial: The weights that training began with, of what is left of the net; only if they are asked for.
     """
 
     net: nn.Module
@@ -45,6 +46,8 @@ class State:
     round: int = 0
     drawn: int = 0
     gradients: dict[str, Tensor] = field(default_factory=dict)
+    spent: int = 0
+    initial: dict[str, Tensor] = field(default_factory=dict)
 
     def prepare(self, accelerator: Accelerator) -> tuple[nn.Module, Any]:
         """Wrap net and optimizer for this process; the wrappers are good until the next `prepare`."""
@@ -72,6 +75,7 @@ class State:
         shrink_optimizer_(self.optimizer, self.net, small, groups, keep)
         self.mask = Mask(take(self.mask, groups, keep))
         self.gradients = take(self.gradients, groups, keep)
+        self.initial = take(self.initial, groups, keep)
         if self.ema is not None:
             self.ema.module = shrink(self.ema.module, keep)
         self.net = small
@@ -88,9 +92,17 @@ class State:
         params = self.net.named_parameters()
         self.gradients = {name: p.grad.clone() for name, p in params if name in self.mask and p.grad is not None}
 
-    def steps(self, config: Config) -> int:
-        """Steps that are behind us, branches included."""
-        return self.round * config.round_steps + self.drawn * config.cooldown_steps
+    def keep_initial(self) -> None:
+        """Remember the weights as they are now, through all shrinks."""
+        state = self.net.state_dict()
+        self.initial = {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in state.items()}
+
+    def rewound(self) -> nn.Module:
+        """A copy of the net as it is, with the weights that were remembered."""
+        self.release()
+        net = copy.deepcopy(self.net)
+        net.load_state_dict(self.initial)
+        return net
 
     @property
     def ticket_name(self) -> str:
@@ -123,11 +135,14 @@ class State:
             about = {
                 'round': self.round,
                 'drawn': self.drawn,
+                'spent': self.spent,
                 'arch': arch.to_json() if isinstance(arch, Arch) else None,
                 'rows': rows,
             }
             write_atomic(saving / 'state.json', dump_json(about))
             write_atomic(saving / 'mask.safetensors', dump_safetensors(self.mask, {}))
+            if self.initial:
+                write_atomic(saving / 'initial.safetensors', dump_safetensors(self.initial, {}))
             if self.ema is not None:
                 write_atomic(saving / 'ema.safetensors', dump_safetensors(self.ema.module.state_dict(), {}))
             shutil.rmtree(path, ignore_errors=True)
@@ -157,11 +172,13 @@ class State:
             self.net = small
         mask, _ = read_safetensors(path / 'mask.safetensors')
         self.mask = Mask({name: alive.to(device) for name, alive in mask.items()})
+        if self.initial:
+            self.initial, _ = read_safetensors(path / 'initial.safetensors')
         if self.ema is not None:
             average, _ = read_safetensors(path / 'ema.safetensors')
             self.ema.module = copy.deepcopy(self.net).eval()
             self.ema.module.load_state_dict(average)
-        self.round, self.drawn = about['round'], about['drawn']
+        self.round, self.drawn, self.spent = about['round'], about['drawn'], about['spent']
         self.prepare(accelerator)
         accelerator.load_state(str(path))
         rows: list[dict[str, Any]] = about['rows']

@@ -16,7 +16,7 @@ import plan
 import timm
 import torch
 from accelerate import Accelerator
-from config import Config, parse
+from config import Config, Setup, parse
 from data import Data, batches, create_data, top1
 from pictures import draw_pictures
 from report import TRUNK, Report
@@ -40,63 +40,106 @@ from timm_supertickets.sparsity.reactivate import regrow, reset
 from timm_supertickets.sparsity.scores import magnitude
 from timm_supertickets.ticket import PACKED
 
+BACKWARD_TOO = 3  # a backward pass costs about two forward passes
+
 
 @dataclass
 class Run:
-    """What stays the same throughout a run."""
+    """What stays the same throughout a run.
 
-    config: Config
+    Args:
+        config: What is to be done.
+        accelerator: Processes and precision.
+        data: The images.
+        report: What a person sees.
+        command: What to type to do it again.
+        origin: Where the tickets come from, for their facts.
+    """
+
+    config: Setup
     accelerator: Accelerator
     data: Data
     report: Report
     command: str
+    origin: dict[str, Any]
 
 
 def main(argv: list[str]) -> None:
     """A trunk of rounds with an event after each; at every target sparsity, a branch that finishes a ticket."""
     config = parse(argv)
-    accelerator = Accelerator()
-    if accelerator.device.type == 'cpu':
-        torch.set_num_threads(config.threads or max(1, (os.cpu_count() or 1) // accelerator.num_processes))
-    data = create_data(config, accelerator)
+    accelerator = create_accelerator(config)
+    data = create_data(config, accelerator, pretrained_cfg(config))
     net = create_net(config, data).to(accelerator.device)
     config = replace(config, search=chosen_search(config, net))
-    where = ('output', 'resume', 'data_dir')  # no part of what was done
-    said = [arg for arg in argv if arg.lstrip('-').partition('=')[0] not in where]
-    command = ' '.join(['accelerate launch recipes/train.py', *said])
-    run = Run(config, accelerator, data, Report(config, accelerator.is_main_process), command)
-    state = start(run, net)
+    report = Report(config, accelerator.is_main_process)
+    run = Run(config, accelerator, data, report, command('train.py', argv), origin(config, net))
+    state = start(config, net, Mask.dense(prunable(net)))
+    if config.keep_initial:
+        state.keep_initial()
     supernet, supernet_macs = getattr(net, 'arch', None), model_cost(net, data.input_size).macs
-    if path := find_checkpoint(config.resume, run.report.output):
-        run.report.resume(state.load(accelerator, path), state.steps(config))
+    if path := find_checkpoint(config.resume, report.output):
+        rows = state.load(accelerator, path)
+        report.resume(rows, state.round * config.round_steps + state.drawn * config.cooldown_steps)
 
     while state.round < config.rounds:
-        loss = train_round(run, state)
+        loss = train_round(run, config, state)
         state.round += 1
         step = state.round * config.round_steps
 
         # the event: channels die, then weights
         if plan.searching(config, step):
-            state.shrink(living_channels(run, state, plan.budget(config, step) * supernet_macs))
+            state.shrink(living_channels(run, config, state, plan.budget(config, step) * supernet_macs))
         for target in plan.due(config, step, state.drawn):
-            draw(run, state.fork(), target)
+            draw(run, state.fork(), target, config.cooldown_steps)
             state.drawn += 1
-        state.mask = pruned(run, state, plan.sparsity(config, step))
+        state.mask = pruned(config, state, plan.sparsity(config, step))
         state.zero_dead_weights_()
-        run.report.add(name=TRUNK, step=step, round=state.round, loss=loss, **measure(run, state))
+        report.add(name=TRUNK, step=step, round=state.round, loss=loss, **measure(run, state))
 
         # until the next one, some of the dead may compete again
-        if config.reactivation == 'reset':
-            state.mask = reset(state.mask)
-        elif config.reactivation == 'regrow':
-            share = plan.regrow_share(config, step)
-            state.mask = regrow(state.mask, magnitude(state.net), state.gradients, share)
+        if plan.reactivating(config, step):
+            state.mask = reactivated(config, state, plan.regrow_share(config, step))
             state.zero_dead_weights_()
-        state.save(accelerator, run.report.output, run.report.rows)
+        state.save(accelerator, report.output, report.rows)
 
     if accelerator.is_main_process:
-        draw_pictures(run.report.output, run.report.rows, supernet)
-    run.report.finish()
+        draw_pictures(report.output, report.rows, supernet)
+    report.finish(f'{len(report.tickets)} tickets from one run of {config.model} on {config.dataset}')
+
+
+def create_accelerator(config: Setup) -> Accelerator:
+    """Processes and precision as `accelerate launch` has them; on a CPU, all cores are used."""
+    accelerator = Accelerator()
+    if accelerator.device.type == 'cpu':
+        torch.set_num_threads(config.threads or max(1, (os.cpu_count() or 1) // accelerator.num_processes))
+    return accelerator
+
+
+def command(recipe: str, argv: list[str]) -> str:
+    """What to type to do it again; where things lie is no part of what was done."""
+    said = [arg for arg in argv if arg.lstrip('-').partition('=')[0] not in ('output', 'resume', 'data_dir')]
+    return ' '.join([f'accelerate launch recipes/{recipe}', *said])
+
+
+def pretrained_cfg(config: Config) -> dict[str, Any] | None:
+    """What timm says of the weights that training starts from, if it starts from any.
+
+    Raises:
+        ValueError: The model has no such weights.
+    """
+    try:
+        known = timm.get_pretrained_cfg(config.model) if config.pretrained else None
+    except RuntimeError as error:
+        raise ValueError(f'model={config.model}: {error}') from None
+    return None if known is None else known.to_dict()
+
+
+def origin(config: Config, net: nn.Module) -> dict[str, Any]:
+    """Where a ticket of this run comes from, for its facts."""
+    if hasattr(net, 'arch'):
+        return {'supernet': config.model}
+    first = 'pretrained' if config.pretrained else 'random'
+    return {'how': f'{config.model} was pruned while it trained, from {first} weights.'}
 
 
 def create_net(config: Config, data: Data) -> nn.Module:
@@ -143,27 +186,26 @@ def chosen_search(config: Config, net: nn.Module) -> Literal['budget', 'threshol
     return config.search
 
 
-def start(run: Run, net: nn.Module) -> State:
-    """A fresh net, its optimizer, and a mask that is all alive."""
-    config = run.config
+def start(config: Setup, net: nn.Module, mask: Mask) -> State:
+    """A net, its optimizer, and what lives of it."""
     optimizer = create_optimizer_v2(
         net, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum
     )
     for group in optimizer.param_groups:
         group['initial_lr'] = group['lr']  # where timm's schedulers start from, round after round
     ema = ModelEmaV3(net, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
-    return State(net, optimizer, Mask.dense(prunable(net)), ema)
+    return State(net, optimizer, mask, ema)
 
 
-def train_round(run: Run, state: State) -> float:
+def train_round(run: Run, config: Config, state: State) -> float:
     """One round of the trunk: the learning rate is constant, and the gates pay while the search is on."""
-    config = run.config
     rate = MultiStepLRScheduler(
         state.optimizer, decay_t=[], warmup_t=config.warmup_steps, t_in_epochs=False, initialize=False
     )
     first = state.round * config.round_steps
     text = f'round {state.round + 1} of {config.rounds}'
-    return train(run, state, text, first, config.round_steps, rate, lambda step: plan.penalty(config, step))
+    growing = config.reactivation == 'regrow' and plan.reactivating(config, first + config.round_steps)
+    return train(run, state, text, first, config.round_steps, rate, lambda step: plan.penalty(config, step), growing)
 
 
 def train(
@@ -174,6 +216,7 @@ def train(
     steps: int,
     rate: Any,
     rho: Callable[[int], float] = lambda step: 0.0,
+    keep_gradients: bool = False,
 ) -> float:
     """Train with the mask held; returns the mean loss.
 
@@ -185,6 +228,7 @@ def train(
         steps: How many steps.
         rate: A scheduler of timm's over the state's optimizer.
         rho: Weight of the gates' penalty at a step.
+        keep_gradients: Remember the dense gradients of the last step.
     """
     config, accelerator, net, mask = run.config, run.accelerator, state.net, state.mask
     model, optimizer = state.prepare(accelerator)
@@ -196,7 +240,7 @@ def train(
         rate.step_update(step)
         loss = cross_entropy(model(images), labels, label_smoothing=config.smoothing)
         accelerator.backward(loss + rho(step) * penalty() if penalty else loss)
-        if config.reactivation == 'regrow' and step == first + steps - 1:
+        if keep_gradients and step == first + steps - 1:
             state.keep_gradients()
         mask.zero_grads_(net)
         if config.clip_grad:
@@ -208,6 +252,8 @@ def train(
             state.ema.update(net, step=step + 1)
         total += loss.detach()
         run.report.step(text)
+    images_seen = steps * config.batch_size * accelerator.num_processes
+    state.spent += BACKWARD_TOO * images_seen * model_cost(net, run.data.input_size).macs
     mean = accelerator.reduce(total, reduction='mean').item() / max(1, steps)
     return run.report.finite(mean, text)
 
@@ -218,42 +264,49 @@ def gate_penalty(run: Run, state: State) -> GatePenalty:
     return GatePenalty(state.net, penalty_weights(channel_macs(groups, model_cost(state.net, run.data.input_size))))
 
 
-def living_channels(run: Run, state: State, budget: float) -> Keep:
+def living_channels(run: Run, config: Config, state: State, budget: float) -> Keep:
     """Which channels live on: those with large gates, or the most important ones that fit the budget of MACs."""
     groups = searchable(state.net).channel_groups()
     importance = gate_importance(state.best, groups)
-    if run.config.search == 'threshold':
-        return select_by_threshold(groups, importance, run.config.threshold)
+    if config.search == 'threshold':
+        return select_by_threshold(groups, importance, config.threshold)
     cost = model_cost(state.net, run.data.input_size)
     return select_by_budget(groups, importance, channel_macs(groups, cost), cost.macs, budget)
 
 
-def pruned(run: Run, state: State, sparsity: float) -> Mask:
+def pruned(config: Setup, state: State, sparsity: float) -> Mask:
     """The mask of this sparsity; the dead stay dead, unless the dying channels took too many of the living along."""
     within = state.mask if state.mask.sparsity <= sparsity else None
-    return prune(magnitude(state.net), sparsity, scope=run.config.scope, floor=run.config.floor, within=within)
+    return prune(magnitude(state.net), sparsity, scope=config.scope, floor=config.floor, within=within)
 
 
-def draw(run: Run, state: State, target: float) -> None:
+def reactivated(config: Config, state: State, share: float) -> Mask:
+    """The mask until the next event, with some of the dead alive."""
+    if config.reactivation == 'reset':
+        return reset(state.mask)
+    return regrow(state.mask, magnitude(state.net), state.gradients, share)
+
+
+def draw(run: Run, state: State, target: float, steps: int) -> None:
     """Finish a fork of the trunk: prune it to the target, hold the mask, let the learning rate fall to zero, save."""
-    config = run.config
     name = f'{state.ticket_name}_s{100 * target:g}'.replace('.', '_')
-    state.mask = pruned(run, state, target)
+    state.mask = pruned(run.config, state, target)
     state.zero_dead_weights_()
-    rate = CosineLRScheduler(state.optimizer, max(1, config.cooldown_steps), t_in_epochs=False, initialize=False)
-    loss = train(run, state, name, 0, config.cooldown_steps, rate)
+    rate = CosineLRScheduler(state.optimizer, max(1, steps), t_in_epochs=False, initialize=False)
+    loss = train(run, state, name, 0, steps, rate)
     state.zero_dead_weights_()
-    score = measure(run, state)
+    save_ticket(run, state, name, loss)
+
+
+def save_ticket(run: Run, state: State, name: str, loss: float) -> None:
+    """Score the state as it is, and save it as a ticket."""
+    config, score = run.config, measure(run, state)
     if run.accelerator.is_main_process:
-        origin = {'supernet': config.model}
-        if not hasattr(state.net, 'arch'):
-            first = 'pretrained' if config.pretrained else 'random'
-            origin = {'how': f'{config.model} was pruned while it trained, from {first} weights.'}
         facts = {
             'dataset': config.dataset,
             'top1': score['top1'],
             'n': score['n'],
-            **origin,
+            **run.origin,
             'seed': config.seed,
             'command': run.command,
             'versions': {module.__name__: module.__version__ for module in (timm_supertickets, torch, timm)},
@@ -261,6 +314,13 @@ def draw(run: Run, state: State, target: float) -> None:
         ticket = Ticket.draw(state.best, state.mask, facts=facts, data_config=run.data.config)
         folder = ticket.save(run.report.output / name)
         score['bytes'] = (folder / PACKED).stat().st_size
+        if state.initial:
+            how = {
+                'dataset': config.dataset,
+                'how': f'The mask of {name} on the weights that training began with.',
+            }
+            first = Ticket.draw(state.rewound(), state.mask, facts=how, data_config=run.data.config)
+            first.save(run.report.output / f'{name}_initial')
     run.report.add(name=name, round=state.round, step=state.round * config.round_steps, loss=loss, **score)
 
 
@@ -277,6 +337,7 @@ def measure(run: Run, state: State) -> dict[str, Any]:
         'sparse_macs': cost.sparse_macs,
         'params': cost.params,
         'dense_bytes': cost.dense_bytes,
+        'train_macs': state.spent,
     }
 
 

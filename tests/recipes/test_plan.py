@@ -19,6 +19,20 @@ def test_one_event_draws_all_targets_that_it_jumps_over():
     assert plan.due(config, 40, 0) == [0.1, 0.5, 0.9]
 
 
+def test_a_dense_target_waits_for_the_end_of_pruning():
+    config = Config(rounds=8, round_steps=5, targets=[0.0], prune_until=0.75)
+    assert [step for step in range(5, 41, 5) if plan.due(config, step, 0)] == [30, 35, 40]
+    mixed = Config(rounds=8, round_steps=5, targets=[0.0, 0.4])
+    assert plan.due(mixed, 35, 0) == []
+    assert plan.due(mixed, 40, 0) == [0.0, 0.4]
+
+
+def test_pruning_at_once_comes_at_the_end():
+    config = Config(rounds=4, round_steps=5, targets=[0.5, 0.9], prune_from=1.0, prune_until=1.0)
+    assert [plan.sparsity(config, step) for step in (5, 10, 15, 20)] == [0, 0, 0, 0.9]
+    assert plan.due(config, 20, 0) == [0.5, 0.9]
+
+
 def test_equal_steps_reach_the_last_target_in_equal_rises():
     config = Config(rounds=10, round_steps=5, targets=[0.9], schedule='steps', prune_from=0.1)
     rises = [plan.sparsity(config, step) for step in range(0, 51, 5)]
@@ -45,6 +59,8 @@ def test_no_search_no_penalty():
     assert plan.penalty(config, 100) == 0
 
 
-def test_regrowing_ends_with_pruning():
-    config = Config(rounds=10, round_steps=10, regrow_share=0.4, prune_until=0.8)
+def test_reactivation_ends():
+    config = Config(rounds=10, round_steps=10, regrow_share=0.4, reactivate_until=0.8)
     assert [plan.regrow_share(config, step) for step in (0, 40, 80, 100)] == pytest.approx([0.4, 0.2, 0, 0])
+    assert [plan.reactivating(config, step) for step in (10, 70, 80, 100)] == [True, True, False, False]
+    assert not plan.reactivating(Config(reactivation='none'), 40)

@@ -191,11 +191,11 @@ def test_every_choice_draws_exact_tickets(tmp_path, changes):
 def test_a_loss_that_is_not_a_number_stops_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     main_round = train.train_round
 
-    def poisoned(run, state):
+    def poisoned(run, config, state):
         if state.round == 1:
             with torch.no_grad():
                 state.net.conv_stem.weight.fill_(float('nan'))
-        return main_round(run, state)
+        return main_round(run, config, state)
 
     monkeypatch.setattr(train, 'train_round', poisoned)
     with pytest.raises(ValueError, match=r'loss became nan in round 2 of 2 .*last good checkpoint is .*round_00001'):

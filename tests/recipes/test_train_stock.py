@@ -106,8 +106,8 @@ def test_pretrained_weights_are_where_training_starts(whole, tmp_path, monkeypat
     started = []
     start = train.start
 
-    def stop(run, net):
-        started.append(start(run, net).net)
+    def stop(*args):
+        started.append(start(*args).net)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(train, 'start', stop)
@@ -128,7 +128,8 @@ def test_images_are_normalised_as_the_pretrained_weights_had_them():
     known = timm.get_pretrained_cfg('resnet18')
     grey = ['pretrained=true', 'in_chans=1']
     for argv, mean in (([], (0.5,) * 3), (['pretrained=true'], known.mean), (grey, (0.5,))):
-        data = create_data(parse([*SMOKE, 'model=resnet18', *argv]), Accelerator())
+        config = parse([*SMOKE, 'model=resnet18', *argv])
+        data = create_data(config, Accelerator(), train.pretrained_cfg(config))
         assert data.config['mean'] == mean
         assert data.val.mean.flatten().tolist() == pytest.approx([255 * part for part in mean])
 

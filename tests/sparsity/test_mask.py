@@ -370,3 +370,15 @@ def test_prunable_of_an_mbv2_supernet():
     model = timm.create_model('supernet_mbv2_tiny')
     convs = {f'{n}.weight' for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
     assert set(prunable(model)) == convs - {'conv_stem.weight', 'classifier.weight'}
+
+
+def test_a_shuffled_mask_has_as_many_living_weights_elsewhere():
+    mask = Mask({'a': torch.arange(60).view(3, 4, 5) < 12, 'b': torch.ones(7, dtype=torch.bool)})
+    shuffled = mask.shuffled(torch.Generator().manual_seed(0))
+    assert {name: int(alive.sum()) for name, alive in shuffled.items()} == {'a': 12, 'b': 7}
+    assert shuffled['a'].shape == (3, 4, 5)
+    assert not torch.equal(shuffled['a'], mask['a'])
+    again, other = (mask.shuffled(torch.Generator().manual_seed(seed))['a'] for seed in (0, 1))
+    assert torch.equal(again, shuffled['a'])
+    assert not torch.equal(other, shuffled['a'])
+    assert int(mask['a'].flatten()[:12].sum()) == 12  # the mask itself is as it was

@@ -6,7 +6,7 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
-from timm_supertickets.sparsity.scores import agree, grasp, magnitude, random, snip, synflow
+from timm_supertickets.sparsity.scores import agree, grasp, lamp, magnitude, random, snip, synflow
 
 LOSSES = {'snip': snip, 'grasp': grasp}
 BIT_VIEWS = {torch.float32: torch.int32, torch.float64: torch.int64}
@@ -295,3 +295,28 @@ def test_two_processes_agree(tmp_path):
     check_agreement(0, tmp_path / 'store')
     other.join()
     assert other.exitcode == 0
+
+
+def test_lamp_by_hand():
+    scores = lamp(linears([[3.0, -1.0], [0.0, 2.0]], [[0.01, 0.03]]))
+    # squares 9, 4, 1, 0: each by the sum of those that are not smaller
+    assert torch.allclose(scores['0.weight'], torch.tensor([[1.0, 1 / 14], [0.0, 4 / 13]]).double())
+    assert torch.allclose(scores['1.weight'], torch.tensor([[0.1, 1.0]]).double())
+
+
+def test_lamp_does_not_see_the_scale_of_a_tensor_and_orders_it_by_magnitude():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 2, 1))
+    before = lamp(net)
+    with torch.no_grad():
+        net[0].weight.mul_(-1e-4)
+    after = lamp(net)
+    for name in before:
+        assert torch.allclose(before[name], after[name], rtol=1e-5)
+        order = dict(net.named_parameters())[name].abs().flatten().argsort()
+        assert before[name].flatten()[order].diff().min() >= -1e-7
+        assert before[name].max() == 1
+
+
+def test_lamp_of_a_tensor_of_zeros_is_zero():
+    assert torch.equal(lamp(linears([[0.0, 0.0], [0.0, -0.0]]))['0.weight'], torch.zeros(2, 2).double())

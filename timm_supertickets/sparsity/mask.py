@@ -101,6 +101,18 @@ class Mask(dict[str, Tensor]):
         """Dead share of the prunable weights."""
         return 1 - self.alive / self.total if self.total else 0.0
 
+    def shuffled(self, generator: torch.Generator) -> 'Mask':
+        """As many living weights in every tensor, in random places: what a mask must beat.
+
+        Args:
+            generator: On the CPU; decides the places.
+        """
+        shuffled = Mask()
+        for name, alive in self.items():
+            order = torch.randperm(alive.numel(), generator=generator).to(alive.device)
+            shuffled[name] = alive.flatten()[order].view(alive.shape)
+        return shuffled
+
     def check(self, model: nn.Module) -> None:
         """Check that the mask fits a model.
 

@@ -25,6 +25,26 @@ def magnitude(model: nn.Module) -> dict[str, Tensor]:
     return {name: param.abs() for name, param in prunable(model).items()}
 
 
+@torch.no_grad()
+def lamp(model: nn.Module) -> dict[str, Tensor]:
+    """Layer-adaptive magnitude: a weight's square by the sum of the squares of its tensor that are not smaller.
+
+    Weights of all tensors can be compared: what scales a whole tensor, such as a batch norm behind it would undo,
+    changes no score, and the largest weight of every tensor scores 1. Within a tensor the order is that of magnitude.
+
+    Source:
+        Lee et al., Layer-adaptive sparsity for the magnitude-based pruning, https://arxiv.org/abs/2010.07611.
+    """
+    return {name: _lamp(param) for name, param in prunable(model).items()}
+
+
+def _lamp(param: Tensor) -> Tensor:
+    weights = param.detach().flatten().to(torch.promote_types(param.dtype, torch.float32))
+    squares, order = weights.square().sort(descending=True, stable=True)
+    scores = squares / squares.cumsum(0).clamp_min(torch.finfo(squares.dtype).tiny)
+    return torch.empty_like(scores).scatter_(0, order, scores).view(param.shape)
+
+
 def random(model: nn.Module, generator: torch.Generator | None = None) -> dict[str, Tensor]:
     """Uniform numbers in [0, 1), the baseline that a criterion has to beat.
 

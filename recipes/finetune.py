@@ -1,0 +1,130 @@
+"""Fine-tune a ticket on any images: its mask is kept, and its classifier is made anew for other classes.
+
+accelerate launch recipes/finetune.py ticket=FOLDER [--config recipes/configs/NAME.yaml] [key=value ...]
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+import torch
+from config import Setup, parse
+from data import Data, create_data
+from report import TRUNK, Report
+from state import find_checkpoint
+from timm.scheduler import CosineLRScheduler
+from torch import nn
+from train import Run, command, create_accelerator, measure, pruned, save_ticket, start, train
+
+from timm_supertickets import Mask, Ticket, load_ticket, prunable, pull_ticket
+
+HUB = 'hf-hub:'
+
+
+@dataclass
+class Config(Setup):
+    """What a run of finetune.py does.
+
+    Args:
+        ticket: A ticket's folder or .safetensors file, or `hf-hub:OWNER/NAME`.
+        weights: Where training starts: from the ticket's weights (`ticket`) or from random ones (`fresh`).
+        mask: Which weights live: those of the ticket (`keep`), as many of every layer in other places (`shuffle`), or
+            all of them (`dense`).
+        sparsity: Prune to this at once before training, by magnitude; 0 does not.
+    """
+
+    ticket: str = ''
+    weights: Literal['ticket', 'fresh'] = 'ticket'
+    mask: Literal['keep', 'shuffle', 'dense'] = 'keep'
+    sparsity: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.within(0, 1, 'sparsity', end=False)
+        if not self.ticket:
+            raise ValueError(
+                f'ticket is missing; give ticket=FOLDER, such as train.py writes, or ticket={HUB}OWNER/NAME'
+            )
+
+
+def main(argv: list[str]) -> None:
+    """Prune once if asked to; train with the mask held while the learning rate falls to zero; save."""
+    config = parse(argv, Config, 'finetune_digits.yaml', 'finetune.py')
+    accelerator = create_accelerator(config)
+    ticket = find_ticket(config.ticket)
+    data = create_data(config, accelerator, ticket.pretrained_cfg)
+    net = create_net(config, ticket, data).to(accelerator.device)
+    report = Report(config, accelerator.is_main_process)
+    run = Run(config, accelerator, data, report, command('finetune.py', argv), origin(config, ticket))
+    state = start(config, net, chosen_mask(config, ticket, net))
+    if config.sparsity:
+        state.mask = pruned(config, state, config.sparsity)
+    state.zero_dead_weights_()
+    if path := find_checkpoint(config.resume, report.output):
+        report.resume(state.load(accelerator, path), state.round * config.round_steps)
+
+    rate = CosineLRScheduler(
+        state.optimizer,
+        max(1, config.steps),
+        warmup_t=config.warmup_steps,
+        warmup_prefix=True,
+        t_in_epochs=False,
+        initialize=False,
+    )
+    while state.round < config.rounds:
+        first = state.round * config.round_steps
+        loss = train(run, state, f'round {state.round + 1} of {config.rounds}', first, config.round_steps, rate)
+        state.round += 1
+        report.add(name=TRUNK, step=first + config.round_steps, round=state.round, loss=loss, **measure(run, state))
+        state.save(accelerator, report.output, report.rows)
+
+    state.zero_dead_weights_()
+    name = f'{state.ticket_name}_s{round(100 * state.mask.sparsity, 1):g}'.replace('.', '_')
+    save_ticket(run, state, name, report.rows[-1]['loss'] if report.rows else 0.0)
+    report.finish(f'{config.ticket}, fine-tuned on {config.dataset}')
+
+
+def find_ticket(name: str) -> Ticket:
+    """A ticket from a folder, a file or the Hub, every byte verified."""
+    return pull_ticket(name.removeprefix(HUB)) if name.startswith(HUB) else load_ticket(Path(name))
+
+
+def create_net(config: Config, ticket: Ticket, data: Data) -> nn.Module:
+    """The ticket's model, for these classes."""
+    torch.manual_seed(config.seed)
+    args: dict[str, Any] = {'num_classes': data.num_classes, 'in_chans': config.in_chans}
+    if ticket.pretrained_cfg.get('fixed_input_size'):
+        args['img_size'] = config.img_size
+    if config.weights == 'ticket':
+        return ticket.build(**args)
+    net: nn.Module = timm.create_model(ticket.architecture, **{**ticket.model_args, **args})
+    return net
+
+
+def chosen_mask(config: Config, ticket: Ticket, net: nn.Module) -> Mask:
+    """Which weights live when training starts."""
+    device = next(net.parameters()).device
+    mask = ticket.mask
+    if config.mask == 'dense':
+        mask = Mask.dense(prunable(net))
+    elif config.mask == 'shuffle':
+        mask = mask.shuffled(torch.Generator().manual_seed(config.seed))
+    return Mask({name: alive.to(device) for name, alive in mask.items()})
+
+
+def origin(config: Config, ticket: Ticket) -> dict[str, Any]:
+    """Where the new ticket comes from, for its facts."""
+    start = 'fresh weights' if config.weights == 'fresh' else 'its weights'
+    mask = {'keep': 'its mask kept', 'shuffle': 'its mask shuffled', 'dense': 'no mask'}[config.mask]
+    once = f', pruned at once to {config.sparsity:g}' if config.sparsity else ''
+    known = f'drawn on {ticket.facts["dataset"]}' if 'dataset' in ticket.facts else ticket.architecture
+    return {'how': f'A ticket {known} was fine-tuned on {config.dataset} from {start}, with {mask}{once}.'}
+
+
+if __name__ == '__main__':
+    try:
+        main(sys.argv[1:])
+    except ValueError as error:
+        sys.exit(f'error: {error}')
