@@ -48,6 +48,7 @@ class Setup:
         recalibrate: Batches that batch norm is measured anew on, after every round and before a ticket is saved.
         floor: Living weights that every tensor keeps.
         scope: Which weights compete: `global` or `tensor`.
+        score: By what they compete: `magnitude`, or `lamp`, magnitudes that tensors of any scale can compare.
         threads: Threads of torch on a CPU; 0 shares all cores among the processes (`accelerate launch` allows one).
         seed: Seed of everything.
         output: Folder of the run.
@@ -84,6 +85,7 @@ class Setup:
     recalibrate: int = 36
     floor: int = 1
     scope: Literal['global', 'tensor'] = 'global'
+    score: Literal['magnitude', 'lamp'] = 'magnitude'
     threads: int = 0
     seed: int = 0
     output: str = 'output/run'
@@ -147,8 +149,11 @@ class Config(Setup):
         model: A registered supernet, or any other model of timm, which is then pruned without search.
         model_args: More arguments of the model, e.g. `{width: 0.5}`.
         pretrained: Start from the model's pretrained weights, with images normalised as those had them.
+        decay_steps: Steps after which the learning rate of the trunk falls, again and again; 0 leaves it constant.
+        decay_rate: What it is multiplied by.
         cooldown_steps: Steps of the branch that finishes a ticket: mask fixed, learning rate falling to zero.
         search: How channels are chosen: `budget`, `threshold` or `none`; `auto`: `budget` for a supernet, else `none`.
+        search_every: Rounds from one event at which channels die to the next.
         search_until: Share of the trunk after which the architecture is fixed.
         budget: Share of the supernet's MACs that the architecture is left with, for `search: budget`.
         threshold: Gate magnitude below which a channel dies, for `search: threshold`.
@@ -156,6 +161,7 @@ class Config(Setup):
         penalty_warmup: Share of the trunk in which the penalty rises from zero.
         targets: Sparsities at which a ticket is drawn, rising; 0 draws a dense one when pruning ends.
         schedule: How sparsity rises: `cubic`, or in equal `steps` (the paper's).
+        prune_every: Rounds from one event at which weights die to the next.
         prune_from: Share of the trunk after which pruning starts.
         prune_until: Share of the trunk at which the last target is reached.
         reactivation: Which dead weights may come back between events: `none`, `reset` or `regrow`.
@@ -167,8 +173,11 @@ class Config(Setup):
     model: str = 'supernet_mbv2_tiny'
     model_args: dict[str, Any] = field(default_factory=dict)
     pretrained: bool = False
+    decay_steps: int = 0
+    decay_rate: float = 0.97
     cooldown_steps: int = 160
     search: Literal['auto', 'budget', 'threshold', 'none'] = 'auto'
+    search_every: int = 1
     search_until: float = 0.5
     budget: float = 0.5
     threshold: float = 1e-3
@@ -176,6 +185,7 @@ class Config(Setup):
     penalty_warmup: float = 0.1
     targets: list[float] = field(default_factory=lambda: [0.5, 0.8, 0.9])
     schedule: Literal['cubic', 'steps'] = 'cubic'
+    prune_every: int = 1
     prune_from: float = 0.0
     prune_until: float = 1.0
     reactivation: Literal['none', 'reset', 'regrow'] = 'regrow'
@@ -185,7 +195,7 @@ class Config(Setup):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.within(1, math.inf, 'rounds')
+        self.within(1, math.inf, 'rounds', 'search_every', 'prune_every')
         if not self.targets:
             raise ValueError('targets is empty; name at least one sparsity, e.g. targets=[0.9]')
         self.within(0, 1, 'targets', 'regrow_share', end=False)
@@ -193,7 +203,8 @@ class Config(Setup):
             raise ValueError(
                 f'targets must be rising, got {self.targets}: a ticket cannot have less sparsity than the one before'
             )
-        self.within(0, math.inf, 'cooldown_steps', 'penalty')
+        self.within(0, math.inf, 'decay_steps', 'cooldown_steps', 'penalty')
+        self.within(0, 1, 'decay_rate', start=False)
         self.within(0, 1, 'search_until', 'prune_from', 'prune_until', 'penalty_warmup', 'reactivate_until')
         self.within(0, 1, 'budget', start=False)
 

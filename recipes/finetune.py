@@ -32,7 +32,7 @@ class Config(Setup):
         weights: Where training starts: from the ticket's weights (`ticket`) or from random ones (`fresh`).
         mask: Which weights live: those of the ticket (`keep`), as many of every layer in other places (`shuffle`), or
             all of them (`dense`).
-        sparsity: Prune to this at once before training, by magnitude; 0 does not.
+        sparsity: Prune to this at once before training; 0 does not.
     """
 
     ticket: str = ''

@@ -5,6 +5,11 @@ from config import Config
 from timm_supertickets.sparsity import schedule
 
 
+def choosing(config: Config, step: int) -> bool:
+    """Whether channels die at the event at this step."""
+    return searching(config, step) and step % (config.search_every * config.round_steps) == 0
+
+
 def searching(config: Config, step: int) -> bool:
     """Whether channels may still die at this step."""
     return config.search != 'none' and step <= config.search_until * config.steps
@@ -25,10 +30,14 @@ def penalty(config: Config, step: int) -> float:
 def sparsity(config: Config, step: int) -> float:
     """Sparsity of the trunk after the event at this step."""
     start, stop, final = config.prune_from * config.steps, config.prune_until * config.steps, config.targets[-1]
+    every = config.prune_every * config.round_steps
+    if step >= stop:
+        return final
+    step -= step % every  # the last prune
     if config.schedule == 'cubic':
         return schedule.cubic(step, start, stop, final)
-    prunes = max(1, round((stop - start) / config.round_steps))
-    return final if step >= stop else schedule.steps(step, config.round_steps, final / prunes, final, start)
+    prunes = max(1, round((stop - start) / every))
+    return schedule.steps(step, every, final / prunes, final, start)
 
 
 def due(config: Config, step: int, drawn: int) -> list[float]:

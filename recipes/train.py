@@ -22,7 +22,7 @@ from pictures import draw_pictures
 from report import TRUNK, Report
 from state import State, find_checkpoint
 from timm.optim import create_optimizer_v2
-from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
+from timm.scheduler import CosineLRScheduler, StepLRScheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -37,10 +37,11 @@ from timm_supertickets.search.select import select_by_budget, select_by_threshol
 from timm_supertickets.search.shrink import searchable
 from timm_supertickets.sparsity.prune import prune
 from timm_supertickets.sparsity.reactivate import regrow, reset
-from timm_supertickets.sparsity.scores import magnitude
+from timm_supertickets.sparsity.scores import lamp, magnitude
 from timm_supertickets.ticket import PACKED
 
 BACKWARD_TOO = 3  # a backward pass costs about two forward passes
+SCORES = {'magnitude': magnitude, 'lamp': lamp}
 
 
 @dataclass
@@ -87,7 +88,7 @@ def main(argv: list[str]) -> None:
         step = state.round * config.round_steps
 
         # the event: channels die, then weights
-        if plan.searching(config, step):
+        if plan.choosing(config, step):
             state.shrink(living_channels(run, config, state, plan.budget(config, step) * supernet_macs))
         for target in plan.due(config, step, state.drawn):
             draw(run, state.fork(), target, config.cooldown_steps)
@@ -198,9 +199,14 @@ def start(config: Setup, net: nn.Module, mask: Mask) -> State:
 
 
 def train_round(run: Run, config: Config, state: State) -> float:
-    """One round of the trunk: the learning rate is constant, and the gates pay while the search is on."""
-    rate = MultiStepLRScheduler(
-        state.optimizer, decay_t=[], warmup_t=config.warmup_steps, t_in_epochs=False, initialize=False
+    """One round of the trunk: the learning rate stays or decays, and the gates pay while the search is on."""
+    rate = StepLRScheduler(
+        state.optimizer,
+        decay_t=config.decay_steps or config.steps + 1,
+        decay_rate=config.decay_rate,
+        warmup_t=config.warmup_steps,
+        t_in_epochs=False,
+        initialize=False,
     )
     first = state.round * config.round_steps
     text = f'round {state.round + 1} of {config.rounds}'
@@ -277,14 +283,14 @@ def living_channels(run: Run, config: Config, state: State, budget: float) -> Ke
 def pruned(config: Setup, state: State, sparsity: float) -> Mask:
     """The mask of this sparsity; the dead stay dead, unless the dying channels took too many of the living along."""
     within = state.mask if state.mask.sparsity <= sparsity else None
-    return prune(magnitude(state.net), sparsity, scope=config.scope, floor=config.floor, within=within)
+    return prune(SCORES[config.score](state.net), sparsity, scope=config.scope, floor=config.floor, within=within)
 
 
 def reactivated(config: Config, state: State, share: float) -> Mask:
     """The mask until the next event, with some of the dead alive."""
     if config.reactivation == 'reset':
         return reset(state.mask)
-    return regrow(state.mask, magnitude(state.net), state.gradients, share)
+    return regrow(state.mask, SCORES[config.score](state.net), state.gradients, share)
 
 
 def draw(run: Run, state: State, target: float, steps: int) -> None:
@@ -292,6 +298,8 @@ def draw(run: Run, state: State, target: float, steps: int) -> None:
     name = f'{state.ticket_name}_s{100 * target:g}'.replace('.', '_')
     state.mask = pruned(run.config, state, target)
     state.zero_dead_weights_()
+    for group in state.optimizer.param_groups:
+        group['initial_lr'] = group['lr']  # from where the trunk is
     rate = CosineLRScheduler(state.optimizer, max(1, steps), t_in_epochs=False, initialize=False)
     loss = train(run, state, name, 0, steps, rate)
     state.zero_dead_weights_()

@@ -39,6 +39,22 @@ def test_equal_steps_reach_the_last_target_in_equal_rises():
     assert rises == pytest.approx([0, 0] + [0.1 * i for i in range(1, 10)])
 
 
+def test_events_come_every_so_many_rounds():
+    config = Config(rounds=12, round_steps=5, search_every=2, search_until=0.5, prune_every=3, targets=[0.9])
+    assert [step for step in range(5, 61, 5) if plan.choosing(config, step)] == [10, 20, 30]
+    rises = [plan.sparsity(config, step) for step in range(5, 61, 5)]
+    once = Config(rounds=4, round_steps=15, targets=[0.9])
+    thirds = [plan.sparsity(once, step) for step in (0, 15, 30, 45, 60)]
+    assert rises == [thirds[0]] * 2 + [thirds[1]] * 3 + [thirds[2]] * 3 + [thirds[3]] * 3 + [thirds[4]]
+
+
+def test_ten_percent_more_at_every_prune():
+    config = Config(rounds=70, round_steps=2, schedule='steps', prune_every=5, prune_until=45 / 70, targets=[0.9])
+    assert [plan.sparsity(config, step) for step in (8, 10, 12, 20, 80, 88, 90, 140)] == pytest.approx(
+        [0, 0.1, 0.1, 0.2, 0.8, 0.8, 0.9, 0.9]
+    )
+
+
 def test_search_spends_its_budget_by_its_end():
     config = Config(rounds=10, round_steps=10, budget=0.4, search_until=0.5)
     assert plan.budget(config, 0) == 1
