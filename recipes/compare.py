@@ -15,10 +15,12 @@ import platform
 import statistics
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,6 @@ import torch
 import train
 from config import CONFIGS, Setup, parse
 from report import TRUNK
-from tqdm import tqdm
 
 import timm_supertickets
 from timm_supertickets import prunable
@@ -272,25 +273,49 @@ def count_prunable(model: str) -> int:
 
 
 def run_cells(cells: list[Cell], jobs: int) -> None:
-    """Run cells, several at a time, each in a process of its own, what it prints in a file beside its folder."""
-    work = [(cell.recipe, cell.args(), cell.folder, cell.marker) for cell in cells]
-    with multiprocessing.get_context('fork').Pool(jobs, maxtasksperchild=1) as pool:
-        for failed in tqdm(pool.imap_unordered(run_cell, work), total=len(work), unit='run', disable=not work):
-            if failed:
-                raise ValueError(failed)
+    """Run cells, several at a time, each in a process of its own; what it prints is in a file beside its folder.
 
-
-def run_cell(work: tuple[str, list[str], Path, Path]) -> str:
-    """Run one cell; says what went wrong, or nothing."""
-    recipe, args, folder, marker = work
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    Raises:
+        ValueError: A run failed; the last line of what it printed is quoted.
+    """
+    waiting, running = list(cells), {}
+    fork = multiprocessing.get_context('fork')  # the imports are there already
     try:
-        with open(folder.with_suffix('.log'), 'w', encoding='utf-8') as log, redirect_stdout(log), redirect_stderr(log):
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                cell = waiting.pop(0)
+                process = fork.Process(target=run_cell, args=(cell.recipe, cell.args(), cell.folder))
+                process.start()
+                running[process.sentinel] = (process, cell)
+            for sentinel in wait(list(running)):
+                process, cell = running.pop(int(sentinel))
+                process.join()
+                if process.exitcode:
+                    said = log_of(cell.folder).read_text(encoding='utf-8').splitlines() or ['it was killed']
+                    raise ValueError(f'{cell.folder}: {said[-1]}')
+                cell.marker.touch()
+                print(f'{cell.folder} is done; {len(waiting) + len(running)} runs to go', flush=True)
+    finally:
+        for process, _ in running.values():
+            process.terminate()
+
+
+def run_cell(recipe: str, args: list[str], folder: Path) -> None:
+    """Run one cell, in a process of its own."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(log_of(folder), 'w', encoding='utf-8') as log, redirect_stdout(log), redirect_stderr(log):
+        try:
             {'train': train, 'finetune': finetune}[recipe].main([*args, 'threads=1', f'output={folder}'])
-    except ValueError as error:
-        return f'{folder}: {error}'
-    marker.touch()
-    return ''
+        except Exception as error:
+            if not isinstance(error, ValueError):
+                traceback.print_exc()
+            print(f'error: {error}')
+            sys.exit(1)
+
+
+def log_of(folder: Path) -> Path:
+    """Where a run's prints go."""
+    return folder.with_name(f'{folder.name}.log')
 
 
 def measured(arm: str, target: float, seed: int, cell: Cell) -> dict[str, Any]:
