@@ -9,14 +9,15 @@ import train
 from timm_supertickets import load_ticket
 
 CONFIG = ['--config', str(Path(__file__).parents[2] / 'recipes/configs/compare_smoke.yaml')]
-SHORT = ['changes=[rounds=2,round_steps=2,cooldown_steps=2,batch_size=8,recalibrate=1]', 'targets=[0.8]', 'baseline=test_resnet']
+FEW = 'rounds=2,round_steps=2,cooldown_steps=2,batch_size=8,recalibrate=1'
+SHORT = [f'changes=[{FEW}]', 'targets=[0.8]', 'baseline=test_resnet']
 
 
 @pytest.fixture(scope='module')
 def compared(tmp_path_factory):
     """All arms, at one sparsity, on as few steps as there can be."""
     output = tmp_path_factory.mktemp('compared')
-    args = [*CONFIG, *SHORT, f'other_changes=[seed=7,{SHORT[0][9:-1]}]']
+    args = [*CONFIG, *SHORT, f'other_changes=[seed=7,{FEW}]']
     args += [f'output={output / "runs"}', f'results={output / "results"}']
     compare.main(args)
     return output, args
