@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
@@ -33,7 +33,7 @@ from report import TRUNK
 
 import timm_supertickets
 from timm_supertickets import prunable
-from timm_supertickets.files import dump_json, write_atomic
+from timm_supertickets.files import dump_json, read_json, write_atomic
 from timm_supertickets.pictures import DPI, create_figure
 
 ARMS = {
@@ -89,7 +89,7 @@ class Config:
         threshold: What the search by threshold has for settings, as `key=value`.
         jobs: Runs at a time, each on one thread of a CPU.
         output: Folder of the runs.
-        results: Folder that results.json, results.md and pictures are written to.
+        results: Folder that results.json, README.md and pictures are written to.
     """
 
     base: str = 'mbv2_digits.yaml'
@@ -159,8 +159,12 @@ class Cell:
 
     def train_macs(self, target: float) -> float:
         """Multiply-accumulates of all training that led to that ticket."""
-        before = self.after.train_macs(target) if self.after and self.builds_on else 0.0
-        return float(before + self.ticket(target)['train_macs'])
+        return float(sum(cell.ticket(target)['train_macs'] for cell in self.chain))
+
+    @property
+    def chain(self) -> list['Cell']:
+        """The runs that it builds on, and then itself."""
+        return [*(self.after.chain if self.after and self.builds_on else []), self]
 
     def run_macs(self) -> float:
         """Multiply-accumulates of this run: its trunk, and every branch from where it left the trunk."""
@@ -174,9 +178,10 @@ def main(argv: list[str]) -> None:
     config = parse(argv, Config, 'compare_digits.yaml', 'compare.py')
     grid = {(arm, t, seed): cell for seed in range(config.seeds) for (arm, t), cell in plan(config, seed).items()}
     cells = {cell.folder: cell for last in grid.values() for cell in (last.after, last) if cell is not None}
+    claim(config)
     for wave in ([c for c in cells.values() if c.after is None], [c for c in cells.values() if c.after is not None]):
         run_cells([cell for cell in wave if not cell.marker.exists()], config.jobs)
-    results = [measured(arm, target, seed, cell) for (arm, target, seed), cell in grid.items()]
+    results = [measured(arm, target, seed, grid) for arm, target, seed in grid]
     folder = Path(config.results)
     folder.mkdir(parents=True, exist_ok=True)
     about = {'command': ' '.join(['python recipes/compare.py', *argv]), **where_and_when()}
@@ -186,6 +191,25 @@ def main(argv: list[str]) -> None:
     for name, arms in PICTURES.items():
         draw(folder / f'{name}.png', [arm for arm in arms if arm in config.arms], results)
     print(text)
+
+
+def claim(config: Config) -> None:
+    """Take the folder of the runs for this comparison.
+
+    Raises:
+        ValueError: It holds the runs of another one.
+    """
+    path, free = Path(config.output) / 'compare.json', ('arms', 'seeds', 'targets', 'jobs', 'output', 'results')
+    ours = {key: value for key, value in asdict(config).items() if key not in free}
+    theirs = read_json(path) if path.exists() else ours
+    differ = [key for key in ours if theirs.get(key) != ours[key]]
+    if differ:
+        pairs = ', '.join(f'{key} is {theirs.get(key)!r} there, {ours[key]!r} here' for key in differ)
+        raise ValueError(
+            f'output {config.output} holds the runs of another comparison ({pairs}); choose another output='
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, dump_json(ours))
 
 
 def plan(config: Config, seed: int) -> dict[tuple[str, float], Cell]:
@@ -318,9 +342,11 @@ def log_of(folder: Path) -> Path:
     return folder.with_name(f'{folder.name}.log')
 
 
-def measured(arm: str, target: float, seed: int, cell: Cell) -> dict[str, Any]:
+def measured(arm: str, target: float, seed: int, grid: Mapping[tuple[str, float, int], Cell]) -> dict[str, Any]:
     """What one arm gave at one sparsity with one seed."""
+    cell = grid[arm, target, seed]
     row = cell.ticket(target)
+    ours = [cell for (name, _, s), last in grid.items() if (name, s) == (arm, seed) for cell in last.chain]
     return {
         'arm': arm,
         'sparsity': 0.0 if arm in DENSE else target,
@@ -332,7 +358,7 @@ def measured(arm: str, target: float, seed: int, cell: Cell) -> dict[str, Any]:
         'macs': int(row['macs']),
         'sparse_macs': int(row['sparse_macs']),
         'train_macs': int(cell.train_macs(target)),
-        'run_macs': int(cell.run_macs()),
+        'arm_macs': int(sum(cell.run_macs() for cell in {cell.folder: cell for cell in ours}.values())),
     }
 
 
@@ -353,13 +379,14 @@ def tables(config: Config, about: dict[str, Any], results: list[dict[str, Any]])
     n, other = results[0]['n'], Path(config.other).stem
     words = {'baseline': config.baseline, 'other': other}
     columns = [0.0, *config.targets] if any(row['sparsity'] == 0 for row in results) else config.targets
-    head = ['arm', *(f's{100 * t:g}' for t in columns), 'training compute']
-    top1, spent = [], statistics.mean(row['train_macs'] for row in results if row['arm'] == results[0]['arm'])
+    head = ['arm', *(f's{100 * t:g}' for t in columns), 'compute, a ticket', 'all']
+    top1, kinds = [], ('train_macs', 'arm_macs')
+    first = [statistics.mean(row[kind] for row in results if row['arm'] == results[0]['arm']) for kind in kinds]
     for arm in config.arms:
         rows = [row for row in results if row['arm'] == arm]
-        cost = statistics.mean(row['train_macs'] for row in rows) / spent
+        costs = [statistics.mean(row[kind] for row in rows) / of for kind, of in zip(kinds, first, strict=True)]
         cells = [spread([100 * row['top1'] for row in rows if row['sparsity'] == t]) for t in columns]
-        top1.append([f'{ARMS[arm].format(**words)} (`{arm}`)', *cells, f'{cost:.2f}'])
+        top1.append([f'{ARMS[arm].format(**words)} (`{arm}`)', *cells, *(f'{cost:.2f}' for cost in costs)])
     differences = [
         [f'`{ours}` - `{theirs}`', *(spread(differ(results, ours, theirs, t)) for t in columns)]
         for ours, theirs in DIFFERENCES
@@ -368,15 +395,15 @@ def tables(config: Config, about: dict[str, Any], results: list[dict[str, Any]])
     lines = [
         f'# Comparison: {Path(config.base).stem}',
         '',
-        f'Top-1 in percent on {n:,} test images, mean ± standard deviation over {config.seeds} seeds. Training compute',
-        'is that of all that had to be trained for a ticket, in MACs, mean over sparsities, against '
-        f'`{results[0]["arm"]}`.',
+        f'Top-1 in percent on {n:,} test images, mean ± standard deviation over {config.seeds} seeds. Compute is that',
+        'of all training that led to a ticket, and that led to the tickets of all sparsities together, in MACs,',
+        f'against `{results[0]["arm"]}`.',
         '',
         *markdown(head, top1),
         '',
         'Differences in points, seed by seed:',
         '',
-        *markdown(head[:-1], differences),
+        *markdown(head[:-2], differences),
         '',
         f'`{about["command"]}`, commit {about["commit"]}, {about["date"]}, {about["hardware"]}, torch '
         f'{about["versions"]["torch"]}. Every number: [results.json](results.json).',

@@ -74,6 +74,9 @@ def test_compute_is_that_of_all_that_led_to_a_ticket(results, compared):
     assert results['two_stage_2x']['train_macs'] == dense.train_macs(0) + spent('two_stage_2x/0.8')
     assert results['no_retraining']['train_macs'] == dense.train_macs(0)
     assert results['retrained']['train_macs'] == results['joint']['train_macs'] + spent('retrained/0.8')
+    # the trunk is counted once, and with one sparsity all tickets are that one
+    assert results['joint']['arm_macs'] == results['joint']['train_macs'] == spent('joint/0.8')
+    assert results['two_stage_2x']['arm_macs'] == results['two_stage_2x']['train_macs']
     assert results['magnitude']['train_macs'] == spent('magnitude/0.8')  # the joint run only said how many should live
 
 
@@ -109,6 +112,20 @@ def test_run_again_it_trains_nothing(compared, monkeypatch):
     monkeypatch.setattr(compare, 'run_cell', None)
     compare.main(args)
     assert json.loads((output / 'results/results.json').read_text())['results'] == json.loads(before)['results']
+
+
+def test_a_family_costs_its_trunk_and_its_branches(tmp_path):
+    (tmp_path / 'summary.csv').write_text(
+        'name,round,step,sparsity,train_macs\ns50,1,4,0.5,130\ntrunk,1,4,0.6,100\ns90,2,8,0.9,190\ntrunk,2,8,0.9,150\n'
+    )
+    family = compare.Cell('train', tmp_path, list)
+    assert family.run_macs() == 150 + (130 - 100) + (190 - 150)
+    assert (family.train_macs(0.5), family.train_macs(0.9)) == (130, 190)
+
+
+def test_runs_of_another_comparison_are_left_alone(compared):
+    with pytest.raises(ValueError, match=r"baseline is 'test_resnet' there, 'resnet18' here.*choose another output="):
+        compare.main([*compared[1], 'baseline=resnet18'])
 
 
 def test_a_cell_that_fails_is_named(tmp_path):
