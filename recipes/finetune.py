@@ -82,7 +82,7 @@ def main(argv: list[str]) -> None:
 
     state.zero_dead_weights_()
     name = f'{state.ticket_name}_s{round(100 * state.mask.sparsity, 1):g}'.replace('.', '_')
-    save_ticket(run, state, name, report.rows[-1]['loss'] if report.rows else 0.0)
+    save_ticket(run, state, name, report.rows[-1]['loss'] if report.rows else float('nan'))
     report.finish(f'{config.ticket}, fine-tuned on {config.dataset}')
 
 
