@@ -101,7 +101,7 @@ class Config:
     targets: list[float] = field(default_factory=lambda: [0.5, 0.8, 0.9, 0.95])
     seeds: int = 3
     retrain: float = 0.2
-    threshold: list[str] = field(default_factory=lambda: ['threshold=0.3', 'penalty=0.002'])
+    threshold: list[str] = field(default_factory=lambda: ['threshold=0.1', 'penalty=0.001'])
     jobs: int = 2
     output: str = 'output/compare_digits'
     results: str = 'recipes/results/compare_digits'
@@ -303,12 +303,13 @@ def run_cells(cells: list[Cell], jobs: int) -> None:
         ValueError: A run failed; the last line of what it printed is quoted.
     """
     waiting, running = list(cells), {}
-    fork = multiprocessing.get_context('fork')  # the imports are there already
+    server = multiprocessing.get_context('forkserver')  # a fork of this process could not train if this one has
+    server.set_forkserver_preload(['timm_supertickets', 'accelerate', 'datasets'])
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
                 cell = waiting.pop(0)
-                process = fork.Process(target=run_cell, args=(cell.recipe, cell.args(), cell.folder))
+                process = server.Process(target=run_cell, args=(cell.recipe, cell.args(), cell.folder))
                 process.start()
                 running[process.sentinel] = (process, cell)
             for sentinel in wait(list(running)):

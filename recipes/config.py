@@ -85,7 +85,7 @@ class Setup:
     recalibrate: int = 36
     floor: int = 1
     scope: Literal['global', 'tensor'] = 'global'
-    score: Literal['magnitude', 'lamp'] = 'magnitude'
+    score: Literal['magnitude', 'lamp'] = 'lamp'
     threads: int = 0
     seed: int = 0
     output: str = 'output/run'
@@ -189,7 +189,7 @@ class Config(Setup):
     prune_from: float = 0.0
     prune_until: float = 1.0
     reactivation: Literal['none', 'reset', 'regrow'] = 'regrow'
-    reactivate_until: float = 1.0
+    reactivate_until: float = 0.5
     regrow_share: float = 0.2
     keep_initial: bool = False
 
