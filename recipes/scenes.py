@@ -53,7 +53,7 @@ class Thing:
     Args:
         label: Its class.
         ink: Its pixels that are seen, bool `(H, W)`.
-        points: COCO's `(17, 3)`: x, y of a pixel, and 2 if it is seen, 1 if it is hidden, 0 (and 0, 0) if there is none.
+        points: COCO's `(17, 3)`: x and y of a pixel, and 2 if it is seen, 1 if hidden; three zeros if there is none.
     """
 
     label: int

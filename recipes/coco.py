@@ -1,0 +1,153 @@
+"""Coco: images and annotations of COCO's json files, detection's and those of person keypoints alike."""
+
+import json
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from faults import refuse
+from PIL import Image
+
+
+FIELDS = {
+    'images': ('id', 'file_name', 'width', 'height'),
+    'annotations': ('id', 'image_id', 'category_id', 'bbox', 'area', 'iscrowd'),
+    'categories': ('id', 'name'),
+}
+VISIBILITIES = (0, 1, 2)  # of a key point: none, hidden, seen
+
+
+@dataclass
+class Coco:
+    """What a json file says.
+
+    Args:
+        folder: Where the images lie.
+        path: The json file; a COCO evaluator reads it as well.
+        images: Its `images`, in its order.
+        annotations: Its `annotations` by image id.
+        categories: Its `categories`, by rising id.
+    """
+
+    folder: Path
+    path: Path
+    images: list[dict[str, Any]]
+    annotations: dict[int, list[dict[str, Any]]]
+    categories: list[dict[str, Any]]
+
+    @property
+    def labels(self) -> list[str]:
+        """Names of the categories."""
+        return [category['name'] for category in self.categories]
+
+    def open(self, image: dict[str, Any]) -> Image.Image:
+        """An image, decoded."""
+        return Image.open(self.folder / image['file_name']).convert('RGB')
+
+
+def coco_paths(
+    data_dir: str | Path, split: str, kind: Literal['instances', 'person_keypoints'] = 'instances'
+) -> tuple[Path, Path]:
+    """Where COCO 2017 keeps the images and the json file of a split, `train` or `val`.
+
+    Raises:
+        ValueError: They are not there.
+    """
+    if split not in ('train', 'val'):
+        raise ValueError(f'split must be train or val, got {split!r}')
+    images, path = Path(data_dir, f'{split}2017'), Path(data_dir, 'annotations', f'{kind}_{split}2017.json')
+    if not images.is_dir() or not path.is_file():
+        missing = f'{path.parent.name}/{path.name}' if images.is_dir() else f'{images.name}/'
+        raise ValueError(
+            f'{data_dir} is not laid out like COCO: no {missing} in it; expected {images.name}/*.jpg and '
+            f'annotations/{path.name} there'
+        )
+    return images, path
+
+
+def read_coco(folder: str | Path, path: str | Path, *, drop_empty: bool = False, check: bool = True) -> Coco:
+    """Read a json file in COCO's format, and check that training on it can work.
+
+    Args:
+        folder: Where its images lie.
+        path: The json file.
+        drop_empty: Leave annotations with empty boxes out instead of refusing them; COCO's train2017 has two.
+        check: Also look at every image's size.
+
+    Raises:
+        ValueError: It has another format, or a check fails: the line has the count and the first few offenders.
+    """
+    folder, path = Path(folder), Path(path)
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ValueError(f'{path} is not readable as JSON: {error}') from None
+    refuse(path, _lacking(content))
+    images, annotations, categories = (content[part] for part in FIELDS)
+    refuse(path, _faults(folder, images, annotations, categories, drop_empty, check))
+    grouped: dict[int, list[dict[str, Any]]] = {image['id']: [] for image in images}
+    sizes = {image['id']: (image['width'], image['height']) for image in images}
+    for one in annotations:
+        if not is_empty(one['bbox'], *sizes[one['image_id']]):
+            grouped[one['image_id']].append(one)
+    return Coco(folder, path, images, grouped, sorted(categories, key=lambda category: category['id']))
+
+
+def is_empty(box: list[float], width: int, height: int) -> bool:
+    """Whether nothing of COCO's `[x, y, width, height]` lies inside an image of this size."""
+    if len(box) != 4:
+        return True
+    x, y, w, h = box
+    return not (w > 0 and h > 0 and x < width and y < height and x + w > 0 and y + h > 0)
+
+
+def _lacking(content: Any) -> dict[str, list[str]]:
+    """Parts of COCO's format that are not there."""
+    faults = defaultdict(list)
+    for part, fields in FIELDS.items():
+        entries = content.get(part) if isinstance(content, dict) else None
+        if not isinstance(entries, list):
+            faults["lists of COCO's format missing"].append(part)
+            continue
+        for number, entry in enumerate(entries):
+            if lacking := [field for field in fields if field not in entry]:
+                faults['entries that lack fields'].append(f'{part}[{number}]: {" and ".join(lacking)}')
+    return faults
+
+
+def _faults(
+    folder: Path, images: list[Any], annotations: list[Any], categories: list[Any], drop_empty: bool, check: bool
+) -> dict[str, list[str]]:
+    faults = defaultdict(list)
+    for image in images:
+        file = folder / image['file_name']
+        if not file.is_file():
+            faults['images that are missing'].append(str(file))
+        elif check:
+            try:
+                with Image.open(file) as opened:
+                    size = opened.size
+            except OSError as error:
+                faults['images that cannot be read'].append(f'{file}: {" ".join(str(error).split())}')
+                continue
+            if size != (image['width'], image['height']):
+                said = f'{image["width"]}x{image["height"]}'
+                faults['images of another size than it says'].append(f'{file}: {size[0]}x{size[1]}, not {said}')
+    sizes = {image['id']: (image['width'], image['height']) for image in images}
+    points = {category['id']: 3 * len(category.get('keypoints', ())) for category in categories}
+    for one in annotations:
+        name = f'annotation {one["id"]}'
+        if one['category_id'] not in points:
+            faults[f'labels outside of the {len(points)} categories'].append(f'{name}: {one["category_id"]}')
+        elif 'keypoints' in one and not _are_points(one['keypoints'], points[one['category_id']]):
+            faults['keypoints that are not x, y, 0 to 2 for each of the names'].append(name)
+        if one['image_id'] not in sizes:
+            faults['annotations of an image that is not listed'].append(f'{name}: {one["image_id"]}')
+        elif not drop_empty and is_empty(one['bbox'], *sizes[one['image_id']]):
+            faults['empty boxes'].append(f'{name}: {one["bbox"]}')
+    return faults
+
+
+def _are_points(values: list[float], count: int) -> bool:
+    return len(values) == count and all(v in VISIBILITIES for v in values[2::3])
