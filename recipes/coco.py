@@ -9,7 +9,6 @@ from typing import Any, Literal
 from faults import refuse
 from PIL import Image
 
-
 FIELDS = {
     'images': ('id', 'file_name', 'width', 'height'),
     'annotations': ('id', 'image_id', 'category_id', 'bbox', 'area', 'iscrowd'),
@@ -128,7 +127,7 @@ def _faults(
             try:
                 with Image.open(file) as opened:
                     size = opened.size
-            except OSError as error:
+            except (OSError, ValueError, SyntaxError) as error:  # what PIL makes of broken files
                 faults['images that cannot be read'].append(f'{file}: {" ".join(str(error).split())}')
                 continue
             if size != (image['width'], image['height']):

@@ -2,7 +2,8 @@
 
 import io
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ CITYSCAPES = {
 CITYSCAPES_IDS = 34
 ADE20K_CLASSES = 150
 SUFFIXES = ('.png', '.jpg', '.jpeg')
+UNREADABLE = (OSError, ValueError, SyntaxError)  # what PIL makes of broken files
 MASK_MODES = ('L', 'P', '1')  # one byte per pixel, which is the label
 
 
@@ -158,8 +160,7 @@ def mask_folder(data_dir: str | Path, split: str, transform: Any = None, check: 
     if names.exists():
         labels = [line.strip() for line in names.read_text(encoding='utf-8').splitlines() if line.strip()]
     else:
-        values = [_values(_open(path)) for path in _named(folder / 'masks' / 'train', '.png').values()]
-        labels = [str(i) for i in range(1 + max((int(v[v < IGNORE].max(initial=-1)) for v in values), default=-1))]
+        labels = _shown_labels(_named(folder / 'masks' / 'train', '.png').values())
     if not 1 <= len(labels) <= IGNORE:
         raise ValueError(f'{folder} has {len(labels)} classes; masks of one byte per pixel name 1 to {IGNORE}')
     return Pixels(str(folder), items, labels, _table({i: i for i in (*range(len(labels)), IGNORE)}), transform, check)
@@ -187,7 +188,7 @@ def check_pixels(pixels: Pixels) -> None:
             if mask.size != size:
                 faults['masks of another size than the image'].append(f'{name}: {_by(mask.size)} on {_by(size)}')
             values = np.unique(_values(mask))
-        except (OSError, ValueError, SyntaxError) as error:  # what PIL makes of broken files
+        except UNREADABLE as error:
             faults['files that cannot be read'].append(f'{name}: {" ".join(str(error).split())}')
             continue
         outside = values[pixels.table[values] == OUTSIDE]
@@ -305,6 +306,15 @@ def _ade20k_labels(path: Path) -> list[str]:
     if not rows or [row[0].strip() for row in rows] != [str(i) for i in range(1, len(rows) + 1)]:
         raise ValueError(f'{path} is not a table of classes 1, 2, ... with tabs between Idx, ..., Name')
     return [row[-1].strip() for row in rows]
+
+
+def _shown_labels(masks: Iterable[Path]) -> list[str]:
+    """Numbers from 0 to the largest label in masks; those that cannot be read are for `check_pixels` to name."""
+    shown = {IGNORE}
+    for path in masks:
+        with suppress(*UNREADABLE):
+            shown.update(np.unique(_values(_open(path))).tolist())
+    return [str(i) for i in range(1 + max(shown - {IGNORE}, default=-1))]
 
 
 def _open(source: Any) -> Image.Image:

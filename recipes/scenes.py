@@ -335,7 +335,7 @@ def _write_coco(folder: Path, scenes: dict[str, Iterator[Scene]], names: list[st
                     **one,
                     'category_id': 1,
                     'num_keypoints': int((thing.points[:, 2] > 0).sum()),
-                    'keypoints': thing.points.ravel().tolist(),
+                    'keypoints': [value for x, y, v in thing.points.tolist() for value in (x, y, int(v))],
                 })  # fmt: skip
         for kind, rows in annotations.items():
             content = {
