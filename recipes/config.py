@@ -225,7 +225,7 @@ def parse(
     Args:
         argv: The command line without the program.
         kind: The configuration that is asked for.
-        default: The file in `configs/` that is read when none is named.
+        default: The file in `configs/` that is read when none is named; '' for none.
         prog: The program, for its help.
 
     Raises:
@@ -236,7 +236,7 @@ def parse(
     parser.add_argument('--config', action='config', help='a YAML file of keys and values')
     parser.add_class_arguments(kind)
     argv = [f'--{arg}' if '=' in arg and not arg.startswith('-') else arg for arg in argv]
-    if not any(arg == '--config' or arg.startswith('--config=') for arg in argv):
+    if default and not any(arg == '--config' or arg.startswith('--config=') for arg in argv):
         argv = ['--config', str(CONFIGS / default), *argv]
     try:
         parsed = parser.parse_args(argv)

@@ -5,7 +5,6 @@ accelerate launch recipes/finetune.py ticket=FOLDER [--config recipes/configs/NA
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import timm
@@ -18,9 +17,8 @@ from timm.scheduler import CosineLRScheduler
 from torch import nn
 from train import Run, command, create_accelerator, measure, pruned, save_ticket, start, train
 
-from timm_supertickets import Mask, Ticket, load_ticket, prunable, pull_ticket
-
-HUB = 'hf-hub:'
+from timm_supertickets import Mask, Ticket, prunable
+from timm_supertickets.hub import HUB, find_ticket
 
 
 @dataclass
@@ -28,7 +26,7 @@ class Config(Setup):
     """What a run of finetune.py does.
 
     Args:
-        ticket: A ticket's folder or .safetensors file, or `hf-hub:OWNER/NAME`.
+        ticket: A ticket's folder or .safetensors file, a pretrained model's name, or `hf-hub:OWNER/NAME[@REVISION]`.
         weights: Where training starts: from the ticket's weights (`ticket`) or from random ones (`fresh`).
         mask: Which weights live: those of the ticket (`keep`), as many of every layer in other places (`shuffle`), or
             all of them (`dense`).
@@ -84,11 +82,6 @@ def main(argv: list[str]) -> None:
     name = f'{state.ticket_name}_s{round(100 * state.mask.sparsity, 1):g}'.replace('.', '_')
     save_ticket(run, state, name, report.rows[-1]['loss'] if report.rows else float('nan'))
     report.finish(f'{config.ticket}, fine-tuned on {config.dataset}')
-
-
-def find_ticket(name: str) -> Ticket:
-    """A ticket from a folder, a file or the Hub, every byte verified."""
-    return pull_ticket(name.removeprefix(HUB)) if name.startswith(HUB) else load_ticket(Path(name))
 
 
 def create_net(config: Config, ticket: Ticket, data: Data) -> nn.Module:

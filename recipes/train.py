@@ -138,7 +138,8 @@ def pretrained_cfg(config: Config) -> dict[str, Any] | None:
 def origin(config: Config, net: nn.Module) -> dict[str, Any]:
     """Where a ticket of this run comes from, for its facts."""
     if hasattr(net, 'arch'):
-        return {'supernet': config.model}
+        args = ', '.join(f'{name}={value!r}' for name, value in config.model_args.items())
+        return {'supernet': f'{config.model}({args})' if args else config.model}
     first = 'pretrained' if config.pretrained else 'random'
     return {'how': f'{config.model} was pruned while it trained, from {first} weights.'}
 

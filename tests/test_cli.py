@@ -419,7 +419,7 @@ def test_an_error_nobody_foresaw_is_named(capsys, folder, monkeypatch):
     def broken(name):
         raise KeyError(f'\x1b[31m{name}\n')
 
-    monkeypatch.setattr(cli, 'load', broken)
+    monkeypatch.setattr(cli, 'find_ticket', broken)
     err = refused(capsys, 'export', folder, folder / 'x.pt2')
     assert 'KeyError: ' in err
     assert '(--traceback shows where)' in err
@@ -442,7 +442,7 @@ def test_ctrl_c_is_quiet(capsys, folder, monkeypatch):
     def interrupted(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, 'load', interrupted)
+    monkeypatch.setattr(cli, 'find_ticket', interrupted)
     assert run(capsys, 'show', folder) == (130, '', '')
 
 

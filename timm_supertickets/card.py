@@ -109,6 +109,7 @@ GIVEN: dict[str, Kind] = {
                      and all(map(TEXT.fits, [*value, *value.values()]))),
     'commit': TEXT,
     'repo_id': REPO,
+    'shipped': Kind('true or false', lambda value: isinstance(value, bool)),
 }  # fmt: skip
 """Facts that a ticket cannot know of itself; its `facts` may hold them as well."""
 
@@ -279,7 +280,7 @@ def _derived(ticket: Ticket, supernet: Any) -> dict[str, Any]:
     if ticket.arch is not None:
         found['space'] = ticket.arch.space
         found['kernels'] = sorted({kernel for block in ticket.arch.blocks for kernel, _ in block})
-        found['blocks'] = _blocks(ticket, model, _supernet_arch(supernet, ticket.arch))
+        found['blocks'] = _blocks(ticket, model, model.supernet_arch if supernet else None)
     return {key: value for key, value in found.items() if value not in (None, [])}
 
 
@@ -307,24 +308,19 @@ def _blocks(ticket: Ticket, model: Any, supernet: Arch | None) -> list[dict[str,
     return rows
 
 
-def _supernet_arch(name: Any, arch: Arch) -> Arch | None:
-    """The arch of the supernet of that name, if the ticket's can come from it: a run may have made it wider."""
-    if not (isinstance(name, str) and name.startswith(f'supernet_{arch.space}') and timm.is_model(name)):
-        return None
-    with torch.device('meta'):
-        whole = getattr(timm.create_model(name), 'arch', None)
-    same = isinstance(whole, Arch) and whole.shape == arch.shape and len(whole.blocks) == len(arch.blocks)
-    return whole if same else None
-
-
 def _features(ticket: Ticket) -> dict[str, list[int]] | None:
     """What `features_only=True` gives; None for an architecture that cannot."""
     try:
-        with torch.device('meta'):
-            model: Any = timm.create_model(ticket.architecture, features_only=True, **ticket.model_args)
+        model = _meta_model(ticket, features_only=True)
     except Exception:  # which ones can is known by trying alone, and each refuses in its own way
         return None
     return {'channels': list(model.feature_info.channels()), 'reductions': list(model.feature_info.reduction())}
+
+
+def _meta_model(ticket: Ticket, **kwargs: Any) -> Any:
+    """The ticket's model without memory for its weights."""
+    with torch.device('meta'):
+        return timm.create_model(ticket.architecture, **ticket.model_args, **kwargs)
 
 
 def _file_sizes(ticket: Ticket) -> dict[str, int]:
@@ -351,7 +347,7 @@ def _draw(folder: Path, prefix: str, ticket: Ticket, facts: Mapping[str, Any]) -
     drawn = {}
     if ticket.arch is not None:
         drawn['kernels'] = f'{prefix}kernels.png'
-        supernet = _supernet_arch(facts.get('supernet'), ticket.arch)
+        supernet = _meta_model(ticket).supernet_arch if 'supernet' in facts else None
         draw_kernels(folder / drawn['kernels'], {facts['name']: ticket.arch}, supernet)
     if ticket.mask:
         drawn['density'] = f'{prefix}density.png'

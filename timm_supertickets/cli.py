@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from . import card, export, hub, show
-from .ticket import PACKED, Ticket, load_ticket, verify_ticket
+from .hub import HUB, find_ticket
+from .ticket import PACKED, load_ticket, locate, verify_ticket
 
-HUB = 'hf-hub:'
 OUTPUT = 'output'
 FAILED, INTERRUPTED = 2, 130
-TICKET = f"{HUB}OWNER/NAME[@REVISION], or a ticket's folder or .safetensors file"
+TICKET = f"{HUB}OWNER/NAME[@REVISION], a ticket's folder or .safetensors file, or a pretrained model's name"
 LOGIN = (
     'The token is what `hf auth login` stored or HF_TOKEN holds; there is no option for it, because others on the '
     'machine can read command lines.'
@@ -168,7 +168,7 @@ def run_show(args: argparse.Namespace) -> int:
     console = show.make_console()
 
     def show_one(name: str) -> None:
-        show.show_ticket(console, load(name), name, _packed_size(name))
+        show.show_ticket(console, find_ticket(name), name, _packed_size(name))
         if len(args.ticket) > 1:
             console.print()
 
@@ -180,7 +180,7 @@ def run_verify(args: argparse.Namespace) -> int:
     console = show.make_console()
 
     def verify(name: str) -> None:
-        ticket = load(name) if name.startswith(HUB) else verify_ticket(name)
+        ticket = find_ticket(name) if name.startswith(HUB) else verify_ticket(name)
         text = f'{ticket.architecture}, {100 * ticket.sparsity:.2f} % sparse, {len(ticket.weights)} tensors'
         console.print(f'ok  {name}  {text}', soft_wrap=True)
 
@@ -192,7 +192,7 @@ def run_card(args: argparse.Namespace) -> int:
     if not args.folder.is_dir():
         raise ValueError(f"{args.folder} is not a folder; a card is written into its ticket's")
     facts = card.read_facts(args.facts) if args.facts else None
-    card.write_card(args.folder, load(str(args.folder)), facts=facts)
+    card.write_card(args.folder, load_ticket(args.folder), facts=facts)
     show.make_console().print(f'wrote {args.folder / card.CARD}', soft_wrap=True)
     return 0
 
@@ -218,7 +218,7 @@ def run_pull(args: argparse.Namespace) -> int:
 def run_export(args: argparse.Namespace) -> int:
     """A file that runs without this package."""
     done = export.export_ticket(
-        load(args.ticket), args.file, img_size=args.img_size, batch=args.batch, force=args.force
+        find_ticket(args.ticket), args.file, img_size=args.img_size, batch=args.batch, force=args.force
     )
     console = show.make_console()
     shape = ' x '.join(map(str, (done.batch or 'any', *done.input_size)))
@@ -228,16 +228,10 @@ def run_export(args: argparse.Namespace) -> int:
     return 0
 
 
-def load(name: str) -> Ticket:
-    """A ticket by what a user calls it: a folder, a file, or a name on the Hub."""
-    if not name.startswith(HUB):
-        return load_ticket(name)
-    repo_id, _, revision = name.removeprefix(HUB).partition('@')
-    return hub.pull_ticket(repo_id, revision=revision or None)
-
-
 def _packed_size(name: str) -> int | None:
-    path = Path(name)
+    if name.startswith(HUB):
+        return None
+    path = locate(name)
     file = path / PACKED if path.is_dir() else path
     return file.stat().st_size if file.name == PACKED and file.exists() else None
 

@@ -33,9 +33,25 @@ TRIES = 5
 BACKOFF = 1.0  # seconds before the second try, doubled before each further one
 PATIENCE = 300  # seconds; the Hub's rate limits are windows of five minutes
 PIN = 'hub'
+HUB = 'hf-hub:'
 PICTURES = {'.gif', '.jpeg', '.jpg', '.png', '.svg', '.webp'}
 
 Reply = TypeVar('Reply')
+
+
+def find_ticket(name: str) -> Ticket:
+    """A ticket by what a user calls it, every byte verified.
+
+    Args:
+        name: `hf-hub:OWNER/NAME[@REVISION]`, or what `load_ticket` takes: a folder, a file, a pretrained model's name.
+
+    Raises:
+        ValueError: It is not there, or not whole.
+    """
+    if not name.startswith(HUB):
+        return Ticket.load(name)
+    repo_id, _, revision = name.removeprefix(HUB).partition('@')
+    return pull_ticket(repo_id, revision=revision or None)
 
 
 def push_ticket(

@@ -243,15 +243,14 @@ class Ticket:
         """Read a ticket and verify every byte.
 
         Args:
-            path: A ticket's folder, or one of its safetensors files. In a folder the packed file is read, the dense
-                one if there is no other, and config.json must say the same as the file.
+            path: A ticket's folder, or one of its safetensors files, or the name of a model that has pretrained
+                weights here, as `superticket_mbv2_s50`. In a folder the packed file is read, the dense one if there
+                is no other, and config.json must say the same as the file.
 
         Raises:
             ValueError: Something is missing, truncated, altered, of a newer format, or does not fit together.
         """
-        path = Path(path)
-        if not path.exists():
-            raise ValueError(f'{path} does not exist; a ticket is a folder with {CONFIG} and {PACKED}')
+        path = locate(path)
         file, outside = path, None
         where = str(path / CONFIG)
         if path.is_dir():
@@ -288,16 +287,39 @@ class Ticket:
         return ticket
 
 
+def locate(name: str | Path) -> Path:
+    """Where a ticket lies.
+
+    Args:
+        name: A path, which is given back, or the name of a model that has pretrained weights in this package.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    path = Path(name)
+    if path.exists():
+        return path
+    try:
+        cfg = timm.get_pretrained_cfg(str(name))
+    except RuntimeError:  # of no such tag
+        cfg = None
+    file = Path(cfg.file) if cfg is not None and cfg.file else path
+    if file.name != PACKED or not file.exists():
+        names = ', '.join(timm.list_models('superticket*', pretrained=True))
+        raise ValueError(f'{name} does not exist; a ticket is a folder with {CONFIG} and {PACKED}, or one of: {names}')
+    return file.parent
+
+
 def verify_ticket(path: str | Path) -> Ticket:
     """Check every byte of a ticket: all files in its folder, and that they hold the same ticket.
 
     Args:
-        path: A ticket's folder, or one of its safetensors files.
+        path: A ticket's folder, one of its safetensors files, or a name as for `load_ticket`.
 
     Raises:
         ValueError: Something is missing, altered, or does not fit together; file and tensor are named.
     """
-    path = Path(path)
+    path = locate(path)
     ticket = Ticket.load(path)
     if (path / PACKED).exists() and (path / DENSE).exists():
         twin = Ticket.load(path / DENSE)

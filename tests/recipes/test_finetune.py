@@ -85,7 +85,7 @@ def test_a_dense_mask_lets_all_weights_train(sparse, tmp_path):
 def test_pruning_at_once_takes_the_smallest_weights(drawn, tmp_path):
     dense = drawn / 'dense/superticket_mbv2_s0'
     before = load_ticket(dense)
-    after = tuned(tmp_path / 'run', dense, 'rounds=0', 'recalibrate=0', 'sparsity=0.7', 'floor=0')
+    after = tuned(tmp_path / 'run', dense, 'rounds=0', 'recalibrate=0', 'sparsity=0.7', 'floor=0', 'score=magnitude')
     assert before.sparsity == 0
     flat = torch.cat([before.weights[name].abs().flatten() for name in before.mask])
     alive = torch.cat([after.mask[name].flatten() for name in before.mask])

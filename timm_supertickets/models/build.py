@@ -1,13 +1,17 @@
 """What the spaces share: checks of an arch, timm's description of a model, and its construction."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from timm.models import build_model_with_cfg
 from torch import Tensor, nn
 
 from ..arch import MAX_WEIGHTS, Arch
+from ..files import read_json
 from ..packing import unpack_for_model
+
+TICKETS = Path(__file__).parents[1] / 'tickets'  # those that travel with the package, a folder each
 
 
 def describe(**changes: Any) -> dict[str, Any]:
@@ -25,6 +29,21 @@ def describe(**changes: Any) -> dict[str, Any]:
         'license': 'apache-2.0',
         **changes,
     }
+
+
+def released(name: str) -> dict[str, Any]:
+    """The `pretrained_cfg` of a ticket that travels with the package.
+
+    Args:
+        name: `MODEL.TAG`, its folder in `tickets/`.
+    """
+    cfg = read_json(TICKETS / name / 'config.json')['pretrained_cfg']
+    return describe(file=str(TICKETS / name / cfg.pop('hf_hub_filename')), **cfg)
+
+
+def member(supernet: Arch, blocks: Sequence[Mapping[int, int]]) -> Arch:
+    """The member of a supernet's shape that has these blocks: hidden channels by kernel size."""
+    return Arch.from_json({'space': supernet.space, 'shape': dict(supernet.shape), 'blocks': blocks})
 
 
 def create(cls: type[nn.Module], variant: str, pretrained: bool, feature_cfg: dict[str, Any], **kwargs: Any) -> Any:

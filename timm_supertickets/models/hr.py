@@ -353,6 +353,11 @@ class MixedHRNet(nn.Module):
                 groups.append(token_group(place.tokens, index, self.arch.tokens[index]))
         return tuple(groups)
 
+    @property
+    def supernet_arch(self) -> Arch:
+        """The supernet that this net is a member of."""
+        return largest(self.arch)
+
     def rebuild(self, arch: Arch) -> 'MixedHRNet':
         """A net of another member with this one's settings, freshly initialised, on the same device and dtype."""
         small = MixedHRNet(
@@ -615,9 +620,14 @@ def full_arch(
         ('task', task),
         *((('tokens', tokens),) if tokens else ()),
     )
-    places = block_places(Arch('hr', shape, ()))
+    return largest(Arch('hr', shape, ()))
+
+
+def largest(arch: Arch) -> Arch:
+    """The largest member of the same shape: what a supernet of this shape is."""
+    places, tokens = block_places(arch), _tokens(arch)
     blocks = tuple(tuple((k, EXPAND_RATIO * place.in_chs) for k in KERNELS) for place in places)
-    return Arch('hr', shape, blocks, (tokens,) * len(places) if tokens else ())
+    return Arch('hr', arch.shape, blocks, (tokens,) * len(places) if tokens else ())
 
 
 default_cfgs = generate_default_cfgs(

@@ -24,7 +24,16 @@ from torch import Tensor, nn
 from ..arch import Arch
 from ..channels import ChannelGroup
 from ..layers import DroppedBlock, MixedBlock, block_group, residual
-from .build import carry_over, check_blocks, check_depth, check_ends, check_size, create, describe, positive
+from .build import (
+    carry_over,
+    check_blocks,
+    check_depth,
+    check_ends,
+    check_size,
+    create,
+    describe,
+    positive,
+)
 
 torch.fx.wrap('check_size')
 
@@ -164,6 +173,11 @@ class MixedMobileNetV2(EfficientNet):
             if kernels
         )
 
+    @property
+    def supernet_arch(self) -> Arch:
+        """The supernet that this net is a member of."""
+        return largest(self.arch)
+
     def rebuild(self, arch: Arch) -> 'MixedMobileNetV2':
         """A net of another member with this one's settings, freshly initialised, on the same device and dtype."""
         small = MixedMobileNetV2(
@@ -229,12 +243,17 @@ def full_arch(stages: Stages, stem: int, head: int, width: float = 1.0) -> Arch:
     stem = make_divisible(stem * width)
     head = max(head, make_divisible(head * width))
     stages = tuple((make_divisible(channels * width), depth, stride) for channels, depth, stride in stages)
-    blocks, chs = [], stem
-    for out_chs, depth, _ in stages:
+    return largest(Arch('mbv2', (('stem', stem), ('stages', stages), ('head', head)), ()))
+
+
+def largest(arch: Arch) -> Arch:
+    """The largest member of the same shape: what a supernet of this shape is."""
+    blocks, chs = [], arch['stem']
+    for out_chs, depth, _ in arch['stages']:
         for _ in range(depth):
             blocks.append(tuple((kernel, chs * EXPAND_RATIO) for kernel in KERNELS))
             chs = out_chs
-    return Arch('mbv2', (('stem', stem), ('stages', stages), ('head', head)), tuple(blocks))
+    return Arch('mbv2', arch.shape, tuple(blocks))
 
 
 default_cfgs = generate_default_cfgs(
