@@ -177,10 +177,11 @@ def check_pixels(pixels: Pixels) -> None:
             classes.
     """
     faults = defaultdict(list)
-    for item in pixels.items:
-        name = _name(item['annotation'])
+    for index, item in enumerate(pixels.items):
+        name = _name(item['annotation'], index)
         try:
-            size = _open(item['image']).size
+            with _open(item['image']) as image:
+                size = image.size
             mask = _open(item['annotation'])
             if mask.mode not in MASK_MODES:
                 faults['masks that are not one byte per pixel'].append(f'{name}: mode {mask.mode}')
@@ -324,8 +325,8 @@ def _open(source: Any) -> Image.Image:
     return Image.open(source)
 
 
-def _name(source: Any) -> str:
-    return str(source['path'] or 'bytes' if isinstance(source, Mapping) else source)
+def _name(source: Any, index: int) -> str:
+    return str((source['path'] or f'row {index}') if isinstance(source, Mapping) else source)
 
 
 def _values(mask: Image.Image) -> NDArray[np.uint8]:

@@ -130,7 +130,7 @@ def write_scenes(
         'version': VERSION, 'layout': layout, 'scans': scans, 'train': train, 'val': val, 'size': list(size),
         'most': most, 'seed': seed,
     }  # fmt: skip
-    if folder.exists():
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         return _same(folder, about)
     sources, names = _sources(scans, data_dir)
     temporary = folder.with_name(f'.{folder.name}.{uuid.uuid4().hex}')
@@ -145,9 +145,9 @@ def write_scenes(
         try:
             os.rename(temporary, folder)
         except OSError:
-            if not folder.exists():  # else another process was faster
+            if not folder.exists():
                 raise
-            _same(folder, about)
+            _same(folder, about)  # another process was faster
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder

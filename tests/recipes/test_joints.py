@@ -116,6 +116,19 @@ def test_a_crop_shows_the_point_where_it_says(tmp_path):
         assert item['points'][0].tolist() == pytest.approx([v.item() for v in found], abs=0.2)
 
 
+def test_scale_and_rotation_cover_their_range(scenes):
+    paths = coco_paths(scenes, 'train', 'person_keypoints')
+    plain, data = Joints(*paths, size=(64, 48)), Joints(*paths, size=(64, 48), scale=0.3, rotation=20)
+    step = plain[0]['matrix'][0, 0]
+    assert plain[0]['matrix'][0, 1] == 0
+    torch.manual_seed(0)
+    cos, sin = torch.stack([data[0]['matrix'][0, :2] for _ in range(200)]).T
+    factors, turns = torch.hypot(cos, sin) / step, torch.rad2deg(torch.atan2(sin, cos))
+    assert [factors.min().item(), factors.max().item()] == pytest.approx([0.7, 1.3])
+    assert [turns.min().item(), turns.max().item()] == pytest.approx([-40, 40])  # cut at 2 standard deviations
+    assert 0.5 < (turns != 0).float().mean() < 0.7
+
+
 def test_chance_depends_on_the_seed_alone(scenes):
     paths = coco_paths(scenes, 'train', 'person_keypoints')
     data = Joints(*paths, size=(64, 48), scale=0.35, rotation=45, hflip=0.5)

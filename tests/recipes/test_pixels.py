@@ -107,6 +107,17 @@ def test_scene_parse_150_reads_what_ade20k_has(tmp_path, monkeypatch, form):
             assert all(torch.equal(a, b) for a, b in zip(ours[i], theirs[i], strict=True))
 
 
+def test_scene_parse_150_with_a_wrong_label(tmp_path):
+    features = datasets.Features({'image': datasets.Image(), 'annotation': datasets.Image()})
+    masks = [Image.fromarray(np.full((2, 2), value, np.uint8)) for value in (150, 151)]
+    rows = datasets.Dataset.from_dict({'image': masks, 'annotation': masks}, features=features)
+    datasets.DatasetDict({'train': rows}).save_to_disk(tmp_path)
+    with pytest.raises(ValueError, match=r'1 masks with labels outside of the 150 classes \(row 1: 151\)'):
+        read_pixels('scene_parse_150', tmp_path, 'train')
+    with pytest.raises(ValueError, match=r"cannot be read like scene_parse_150, with split 'validation'"):
+        read_pixels('scene_parse_150', tmp_path, 'val')
+
+
 def test_scene_parse_150_of_something_else(tmp_path):
     with pytest.raises(ValueError, match=r"cannot be read like scene_parse_150, with split 'train' of columns image"):
         read_pixels('scene_parse_150', tmp_path / 'nowhere', 'train')

@@ -203,6 +203,7 @@ def test_scenes_of_fashion_mnist(tmp_path):
 
 
 def test_scenes_are_written_once(tmp_path):
+    (tmp_path / 'deep' / 'x').mkdir(parents=True)  # an empty folder is as good as none
     folder = write_scenes(tmp_path / 'deep' / 'x', 'coco', **SMALL)
     (folder / 'train2017' / '000000000001.jpg').unlink()
     assert write_scenes(folder, 'coco', **SMALL) == folder
