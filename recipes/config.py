@@ -18,7 +18,10 @@ class Setup:
     """What every training has: images, an optimizer, rounds, and a folder.
 
     Args:
-        dataset: `digits` (embedded), `fashion_mnist`, or a dataset name of timm: `hfds/...`, `hfids/...`, `folder`.
+        task: What the net learns: `classify` or `segment`.
+        task_args: Settings of the task, e.g. `{ohem: 0.7}` for `segment`.
+        dataset: For `classify`: `digits` (embedded), `fashion_mnist`, or a dataset name of timm: `hfds/...`,
+            `hfids/...`, `folder`. For `segment`: `scenes` (embedded), `cityscapes`, `ade20k`, `scene_parse_150`, `masks`.
         data_dir: Where the dataset lies.
         train_split: Split to train on.
         val_split: Split to score on; the test images.
@@ -55,6 +58,8 @@ class Setup:
         resume: `auto` goes on with what `output` holds, `never` refuses to, or the folder of a checkpoint.
     """
 
+    task: str = 'classify'
+    task_args: dict[str, Any] = field(default_factory=dict)
     dataset: str = 'digits'
     data_dir: str | None = None
     train_split: str = 'train'

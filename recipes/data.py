@@ -1,49 +1,17 @@
-"""Data: a dataset by name, and timm's loaders over it."""
+"""Data: loaders, what is known of their images, and batches whose order depends on a seed alone."""
 
-import gzip
-import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import send_to_device, set_seed
 from config import Setup
-from numpy.typing import NDArray
-from PIL import Image
-from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD, create_dataset, create_loader
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 
 CHANNELS_LAST = torch.channels_last  # of the images is enough for the whole net; on a CPU it halves a step
-FASHION_MNIST = Path('/usr/share/datasets/fashion-mnist')  # where Debian's package dataset-fashion-mnist puts it
-FASHION_MNIST_LABELS = (
-    'T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle boot',
-)  # fmt: skip
-
-
-class Pictures(Dataset[tuple[Any, int]]):
-    """Grey images in memory, as PIL images.
-
-    Args:
-        images: uint8 `(n, H, W)`.
-        labels: `(n,)`.
-        mode: PIL mode that images are converted to.
-    """
-
-    def __init__(self, images: NDArray[np.uint8], labels: NDArray[Any], mode: str) -> None:
-        self.images, self.labels, self.mode = images, labels, mode
-        self.transform: Any = None
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        image = Image.fromarray(self.images[index]).convert(self.mode)
-        return (self.transform(image) if self.transform else image), int(self.labels[index])
 
 
 @dataclass
@@ -73,25 +41,28 @@ class Data:
         return size
 
 
-def create_data(config: Setup, accelerator: Accelerator, known: Mapping[str, Any] | None = None) -> Data:
-    """Make the loaders of a run.
+def share(train: Dataset[Any], val: Dataset[Any], config: Setup, accelerator: Accelerator, collate: Any) -> list[Any]:
+    """Loaders over datasets of torch's kind: every process has its part of both, and scores each of its items once.
 
     Args:
-        config: Names the dataset.
-        accelerator: Shares it among the processes.
-        known: The `pretrained_cfg` of weights that are used to a mean and a standard deviation; else both are 0.5.
+        train: Items to train on.
+        val: Items to score on.
+        config: Batch size and workers.
+        accelerator: Knows the processes.
+        collate: Items to batch.
+    """
+    count, mine = accelerator.num_processes, accelerator.process_index
+    parts = DistributedSampler(train, count, mine, drop_last=True), range(mine, len(val), count)  # type: ignore[arg-type]
+    shared = {'batch_size': config.batch_size, 'num_workers': config.workers, 'collate_fn': collate}
+    return [DataLoader(train, sampler=parts[0], drop_last=True, **shared), DataLoader(Subset(val, parts[1]), **shared)]
+
+
+def check_splits(config: Setup, accelerator: Accelerator, train: Any, val: Any) -> None:
+    """Check that there is something to train and to score on.
 
     Raises:
-        ValueError: The dataset is missing, empty, smaller than a batch, or has other classes than the model.
+        ValueError: A split is empty, or the first is smaller than a batch.
     """
-    train, val, labels = _datasets(config)
-    num_classes = config.num_classes or len(labels)
-    if not num_classes:
-        raise ValueError(f'dataset {config.dataset!r} does not name its classes; give num_classes=')
-    if labels and num_classes > len(labels):
-        raise ValueError(f'the model has {num_classes} classes, dataset {config.dataset!r} only {len(labels)}')
-    if labels and num_classes < len(labels):
-        raise ValueError(f'dataset {config.dataset!r} has {len(labels)} classes, the model only {num_classes}')
     for split, dataset in ((config.train_split, train), (config.val_split, val)):
         if len(dataset) == 0:
             raise ValueError(f'split {split!r} of dataset {config.dataset!r} is empty')
@@ -100,47 +71,13 @@ def create_data(config: Setup, accelerator: Accelerator, known: Mapping[str, Any
             f'split {config.train_split!r} of dataset {config.dataset!r} has {len(train)} images, fewer than a batch '
             f'of {config.batch_size} on {accelerator.num_processes} processes; give a smaller batch_size='
         )
-    mean, std = _normalization(config.in_chans, known or {})
-    shared = {
-        'input_size': (config.in_chans, config.img_size, config.img_size),
-        'batch_size': config.batch_size,
-        'mean': mean,
-        'std': std,
-        'interpolation': 'bicubic',
-        'num_workers': config.workers,
-        'distributed': accelerator.num_processes > 1,
-        'device': accelerator.device,
-        'pin_memory': accelerator.device.type == 'cuda',
-    }
-    return Data(
-        train=create_loader(
-            train,
-            is_training=True,
-            hflip=config.hflip,
-            scale=(config.scale, 1.0),
-            ratio=(1 / config.ratio, config.ratio),
-            color_jitter=config.color_jitter,
-            auto_augment=config.auto_augment,
-            re_prob=config.reprob,
-            **shared,
-        ),
-        val=create_loader(val, crop_pct=1.0, **shared),
-        val_count=len(val),
-        labels=labels,
-        num_classes=num_classes,
-        config={
-            'input_size': shared['input_size'],
-            'mean': mean,
-            'std': std,
-            'interpolation': 'bicubic',
-            'crop_pct': 1.0,
-            'label_names': labels or None,
-        },
-    )
 
 
-def batches(loader: Any, steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Exactly `steps` batches; which ones, and all randomness from here on, depend on the seed alone."""
+def batches(loader: Any, steps: int, seed: int, device: torch.device) -> Iterator[tuple[Any, Any]]:
+    """Exactly `steps` batches of images and what belongs to them, on the device.
+
+    Which ones, and all randomness from here on, depend on the seed alone.
+    """
     set_seed(seed, device_specific=True)
     epoch = seed
     left = steps
@@ -148,124 +85,10 @@ def batches(loader: Any, steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor
         for owner in (loader.sampler, loader.dataset):
             if hasattr(owner, 'set_epoch'):
                 owner.set_epoch(epoch)
-        for images, labels in loader:
-            yield images.to(memory_format=CHANNELS_LAST), labels
+        for batch in loader:
+            images, targets = send_to_device(batch, device)
+            yield (images.to(memory_format=CHANNELS_LAST) if isinstance(images, Tensor) else images), targets
             left -= 1
             if not left:
                 return
         epoch += 1
-
-
-def _normalization(in_chans: int, known: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel."""
-    mean, std = (tuple(known.get(key) or ()) for key in ('mean', 'std'))
-    if len(mean) == len(std) == in_chans:
-        return mean, std
-    return IMAGENET_INCEPTION_MEAN[:in_chans], IMAGENET_INCEPTION_STD[:in_chans]
-
-
-def _datasets(config: Setup) -> tuple[Any, Any, list[str]]:
-    mode = 'L' if config.in_chans == 1 else 'RGB'
-    if config.dataset == 'digits':
-        return _digits(mode)
-    if config.dataset == 'fashion_mnist':
-        folder = Path(config.data_dir) if config.data_dir else FASHION_MNIST
-        if any(folder.glob('train-images-idx3-ubyte*')):
-            splits = [Pictures(*_idx_split(folder, name), mode) for name in ('train', 't10k')]
-            return splits[0], splits[1], list(FASHION_MNIST_LABELS)
-        if not any(folder.rglob('*.parquet')):
-            raise ValueError(
-                f'Fashion-MNIST is not in {folder}. Ways to get it: `apt install dataset-fashion-mnist`, which is '
-                'found by itself; or data_dir=FOLDER with its four idx files (.gz or not), or with the parquet files '
-                'of the Hub dataset zalando-datasets/fashion_mnist'
-            )
-        name = f'hfds/{folder}'
-    else:
-        name = '' if config.dataset == 'folder' else config.dataset
-        if not name.partition('/')[1] and not (config.data_dir and Path(config.data_dir).is_dir()):
-            raise ValueError(
-                f'dataset {config.dataset!r} is a folder of images, and data_dir={config.data_dir} is none; it '
-                f'should hold {config.train_split}/CLASS/IMAGE and {config.val_split}/CLASS/IMAGE. Other datasets: '
-                'digits, fashion_mnist, hfds/NAME, hfids/NAME (data_dir is then their cache), torch/NAME'
-            )
-    root = None if name.startswith('hfds/') and config.dataset == 'fashion_mnist' else config.data_dir
-    try:
-        train, val = (
-            create_dataset(
-                name,
-                root=root,
-                split=split,
-                is_training=split == config.train_split,
-                batch_size=config.batch_size,
-                num_samples=samples,
-                input_img_mode=mode,
-                seed=config.seed,
-            )
-            for split, samples in ((config.train_split, config.train_samples), (config.val_split, config.val_samples))
-        )
-    except (OSError, ValueError, RuntimeError, AssertionError, KeyError) as error:
-        raise ValueError(
-            f'dataset {config.dataset!r} with data_dir={config.data_dir} cannot be read: {_in_our_words(error)}'
-        ) from None
-    classes: dict[str, int] = getattr(train.reader, 'class_to_idx', None) or {}
-    return train, val, sorted(classes, key=lambda label: classes[label])
-
-
-def _in_our_words(error: Exception) -> str:
-    return ' '.join(str(error).split()).replace('`num_samples`', 'train_samples= and val_samples=')
-
-
-def _digits(mode: str) -> tuple[Pictures, Pictures, list[str]]:
-    """scikit-learn's digits: 1,797 real scans of 8x8; a third, 599, is held out for scoring, the same in every run."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    digits = load_digits()
-    images = (digits.images * (255 / 16)).round().astype(np.uint8)
-    train, val = train_test_split(np.arange(len(images)), test_size=1 / 3, random_state=0, stratify=digits.target)
-    return (
-        Pictures(images[train], digits.target[train], mode),
-        Pictures(images[val], digits.target[val], mode),
-        [str(name) for name in digits.target_names],
-    )
-
-
-def _idx_split(folder: Path, split: str) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    images, labels = (_read_idx(folder, f'{split}-{kind}-ubyte') for kind in ('images-idx3', 'labels-idx1'))
-    if len(images) != len(labels):
-        raise ValueError(f'{folder} has {len(images)} images but {len(labels)} labels of split {split!r}')
-    return images, labels
-
-
-def _read_idx(folder: Path, name: str) -> NDArray[np.uint8]:
-    """Read an idx file, plain or gzipped: two zero bytes, type 8 (uint8), dimensions, their sizes, the bytes."""
-    for path in (folder / name, folder / f'{name}.gz'):
-        if path.exists():
-            try:
-                data = path.read_bytes()
-                data = gzip.decompress(data) if path.suffix == '.gz' else data
-                if data[:3] != b'\0\0\x08':
-                    raise ValueError('it does not begin like an idx file of bytes')
-                shape = np.frombuffer(data, '>i4', data[3], 4)
-                return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(shape)
-            except (OSError, EOFError, ValueError, zlib.error) as error:
-                raise ValueError(f'{path} is not a whole idx file: {error}') from None
-    raise ValueError(f'{folder / name} is missing, and so is {name}.gz')
-
-
-@torch.inference_mode()
-def top1(model: Any, data: Data, accelerator: Accelerator) -> float:
-    """Share of the test images that the model gets right; every image counts once."""
-    training = model.training
-    model.eval()
-    hits = torch.zeros((), dtype=torch.int64, device=accelerator.device)
-    first, stride = accelerator.process_index, accelerator.num_processes
-    seen = 0
-    for images, labels in data.val:
-        places = first + stride * (seen + torch.arange(len(labels), device=labels.device))
-        hits += (
-            (model(images.to(memory_format=CHANNELS_LAST)).argmax(1) == labels) & (places < data.val_count)
-        ).sum()  # the rest pads the last batch
-        seen += len(labels)
-    model.train(training)
-    return accelerator.reduce(hits, reduction='sum').item() / data.val_count

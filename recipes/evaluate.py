@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from accelerate import Accelerator
 from config import Setup, parse
-from data import create_data, top1
+from classification import create_data, top1
 from rich.console import Console
 from train import create_accelerator
 

@@ -10,11 +10,12 @@ from typing import Any, Literal
 import timm
 import torch
 from config import Setup, parse
-from data import Data, create_data
+from data import Data
 from report import TRUNK, Report
 from state import find_checkpoint
 from timm.scheduler import CosineLRScheduler
 from torch import nn
+from task import Task, find_task
 from train import Run, command, create_accelerator, measure, pruned, save_ticket, start, train
 
 from timm_supertickets import Mask, Ticket, prunable
@@ -52,10 +53,11 @@ def main(argv: list[str]) -> None:
     config = parse(argv, Config, 'finetune_digits.yaml', 'finetune.py')
     accelerator = create_accelerator(config)
     ticket = find_ticket(config.ticket)
-    data = create_data(config, accelerator, ticket.pretrained_cfg)
-    net = create_net(config, ticket, data).to(accelerator.device)
-    report = Report(config, accelerator.is_main_process)
-    run = Run(config, accelerator, data, report, command('finetune.py', argv), origin(config, ticket))
+    task = find_task(config)
+    data = task.create_data(accelerator, ticket.pretrained_cfg)
+    net = create_net(config, ticket, task, data).to(accelerator.device)
+    report = Report(config, task.metric, accelerator.is_main_process)
+    run = Run(config, task, accelerator, data, report, command('finetune.py', argv), origin(config, ticket))
     state = start(config, net, chosen_mask(config, ticket, net))
     if config.sparsity:
         state.mask = pruned(config, state, config.sparsity)
@@ -84,7 +86,7 @@ def main(argv: list[str]) -> None:
     report.finish(f'{config.ticket}, fine-tuned on {config.dataset}')
 
 
-def create_net(config: Config, ticket: Ticket, data: Data) -> nn.Module:
+def create_net(config: Config, ticket: Ticket, task: Task, data: Data) -> nn.Module:
     """The ticket's model, for these classes."""
     torch.manual_seed(config.seed)
     args: dict[str, Any] = {'num_classes': data.num_classes, 'in_chans': config.in_chans}

@@ -18,8 +18,7 @@ from tqdm import tqdm
 from timm_supertickets.files import write_atomic
 
 COLUMNS = (
-    'name', 'round', 'step', 'loss', 'top1', 'n', 'sparsity', 'sparsity_all', 'macs', 'sparse_macs', 'params',
-    'bytes', 'dense_bytes', 'train_macs', 'seconds',
+    'n', 'sparsity', 'sparsity_all', 'macs', 'sparse_macs', 'params', 'bytes', 'dense_bytes', 'train_macs', 'seconds',
 )  # fmt: skip
 TRUNK = 'trunk'
 
@@ -29,14 +28,15 @@ class Report:
 
     Args:
         config: The run's configuration.
+        metric: What the score is called.
         main: Whether this process is the one that speaks and writes.
 
     Raises:
         ValueError: The output folder holds something else.
     """
 
-    def __init__(self, config: Setup, main: bool) -> None:
-        self.config, self.main = config, main
+    def __init__(self, config: Setup, metric: str, main: bool) -> None:
+        self.config, self.metric, self.main = config, metric, main
         self.output = Path(config.output)
         self.rows: list[dict[str, Any]] = []
         self.started = time.monotonic()
@@ -89,10 +89,10 @@ class Report:
     def add(self, **row: Any) -> None:
         """Add a row, and write summary.csv anew."""
         self.rows.append({**row, 'seconds': round(time.monotonic() - self.started, 1)})
-        self._bar.set_postfix_str(f'loss {row["loss"]:.3f}, top-1 {row["top1"]:.3f}, sparsity {row["sparsity"]:.3f}')
+        self._bar.set_postfix_str(f'loss {row["loss"]:.3f}, {self.metric} {row[self.metric]:.3f}, sparsity {row["sparsity"]:.3f}')
         if self.main:
             text = io.StringIO()
-            writer = csv.DictWriter(text, COLUMNS, lineterminator='\n')
+            writer = csv.DictWriter(text, ('name', 'round', 'step', 'loss', self.metric, *COLUMNS), lineterminator='\n')
             writer.writeheader()
             writer.writerows(self.rows)
             write_atomic(self.output / 'summary.csv', text.getvalue().encode())
@@ -103,13 +103,13 @@ class Report:
         if not self.main:
             return
         table = Table(title=title)
-        for column in ('ticket', 'sparsity', 'of all', 'MMACs', 'sparse', 'params', 'bytes', 'dense', 'top-1', 'n'):
+        for column in ('ticket', 'sparsity', 'of all', 'MMACs', 'sparse', 'params', 'bytes', 'dense', self.metric, 'n'):
             table.add_column(column, justify='left' if column == 'ticket' else 'right', no_wrap=True)
         for row in self.tickets:
             table.add_row(
                 row['name'], f'{row["sparsity"]:.4f}', f'{row["sparsity_all"]:.4f}', f'{row["macs"] / 1e6:.2f}',
                 f'{row["sparse_macs"] / 1e6:.2f}', f'{row["params"]:,}', f'{row["bytes"]:,}',
-                f'{row["dense_bytes"]:,}', f'{row["top1"]:.4f}', str(row['n']),
+                f'{row["dense_bytes"]:,}', f'{row[self.metric]:.4f}', str(row['n']),
             )  # fmt: skip
         console = Console(width=max(Console().width, 120), soft_wrap=True)
         console.print(table)

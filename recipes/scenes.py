@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from data import FASHION_MNIST, FASHION_MNIST_LABELS, _digits, _idx_split
+from classification import FASHION_MNIST, FASHION_MNIST_LABELS, _digits, _idx_split
 from numpy.typing import NDArray
 from PIL import Image
 

@@ -17,15 +17,15 @@ import timm
 import torch
 from accelerate import Accelerator
 from config import Config, Setup, parse
-from data import Data, batches, create_data, top1
+from data import Data, batches
 from pictures import draw_pictures
 from report import TRUNK, Report
 from state import State, find_checkpoint
+from task import Task, find_task
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler, StepLRScheduler
 from timm.utils import ModelEmaV3
 from torch import nn
-from torch.nn.functional import cross_entropy
 from torch.optim.swa_utils import update_bn
 
 import timm_supertickets
@@ -50,6 +50,7 @@ class Run:
 
     Args:
         config: What is to be done.
+        task: What is learned.
         accelerator: Processes and precision.
         data: The images.
         report: What a person sees.
@@ -58,6 +59,7 @@ class Run:
     """
 
     config: Setup
+    task: Task
     accelerator: Accelerator
     data: Data
     report: Report
@@ -69,11 +71,12 @@ def main(argv: list[str]) -> None:
     """A trunk of rounds with an event after each; at every target sparsity, a branch that finishes a ticket."""
     config = parse(argv)
     accelerator = create_accelerator(config)
-    data = create_data(config, accelerator, pretrained_cfg(config))
-    net = create_net(config, data).to(accelerator.device)
+    task = find_task(config)
+    data = task.create_data(accelerator, pretrained_cfg(config))
+    net = create_net(config, task, data).to(accelerator.device)
     config = replace(config, search=chosen_search(config, net))
-    report = Report(config, accelerator.is_main_process)
-    run = Run(config, accelerator, data, report, command('train.py', argv), origin(config, net))
+    report = Report(config, task.metric, accelerator.is_main_process)
+    run = Run(config, task, accelerator, data, report, command('train.py', argv), origin(config, net))
     state = start(config, net, Mask.dense(prunable(net)))
     if config.keep_initial:
         state.keep_initial()
@@ -104,7 +107,7 @@ def main(argv: list[str]) -> None:
         state.save(accelerator, report.output, report.rows)
 
     if accelerator.is_main_process:
-        draw_pictures(report.output, report.rows, supernet)
+        draw_pictures(report.output, report.rows, supernet, task.metric)
     report.finish(f'{len(report.tickets)} tickets from one run of {config.model} on {config.dataset}')
 
 
@@ -144,7 +147,7 @@ def origin(config: Config, net: nn.Module) -> dict[str, Any]:
     return {'how': f'{config.model} was pruned while it trained, from {first} weights.'}
 
 
-def create_net(config: Config, data: Data) -> nn.Module:
+def create_net(config: Config, task: Task, data: Data) -> nn.Module:
     """The model of a run, tried on one input.
 
     Raises:
@@ -152,15 +155,19 @@ def create_net(config: Config, data: Data) -> nn.Module:
     """
     torch.manual_seed(config.seed)
     what = f'model={config.model} with model_args={config.model_args}, pretrained={config.pretrained} cannot be made'
-    try:
-        net: nn.Module = timm.create_model(
+
+    def make(**kwargs: Any) -> nn.Module:
+        model: nn.Module = timm.create_model(
             config.model,
             pretrained=config.pretrained,
-            num_classes=data.num_classes,
             in_chans=config.in_chans,
             pretrained_cfg_overlay={'input_size': data.input_size},  # some models are built for one size
-            **config.model_args,
+            **{**config.model_args, **kwargs},
         )
+        return model
+
+    try:
+        net = task.create_net(make, data)
         what = f'model={config.model} does not take images of img_size={config.img_size}'
         model_cost(net, data.input_size)
     except Exception as error:  # what timm, a model or the Hub make of bad arguments is up to them
@@ -243,9 +250,9 @@ def train(
     penalty = gate_penalty(run, state) if rho(first) or rho(first + steps - 1) else None
     total = torch.zeros((), device=accelerator.device)
     seed = zlib.crc32(f'{config.seed} {text}'.encode())
-    for step, (images, labels) in enumerate(batches(run.data.train, steps, seed), first):
+    for step, (images, targets) in enumerate(batches(run.data.train, steps, seed, accelerator.device), first):
         rate.step_update(step)
-        loss = cross_entropy(model(images), labels, label_smoothing=config.smoothing)
+        loss = run.task.loss(model, images, targets)
         accelerator.backward(loss + rho(step) * penalty() if penalty else loss)
         if keep_gradients and step == first + steps - 1:
             state.keep_gradients()
@@ -313,7 +320,7 @@ def save_ticket(run: Run, state: State, name: str, loss: float) -> None:
     if run.accelerator.is_main_process:
         facts = {
             'dataset': config.dataset,
-            'top1': score['top1'],
+            run.task.metric: score[run.task.metric],
             'n': score['n'],
             **run.origin,
             'seed': config.seed,
@@ -338,7 +345,7 @@ def measure(run: Run, state: State) -> dict[str, Any]:
     recalibrate(run, state.best)
     cost = model_cost(state.best, run.data.input_size, state.mask)
     return {
-        'top1': top1(state.best, run.data, run.accelerator),
+        run.task.metric: run.task.score(state.best, run.data, run.accelerator),
         'n': run.data.val_count,
         'sparsity': cost.sparsity,
         'sparsity_all': cost.sparsity_all,
@@ -353,7 +360,9 @@ def measure(run: Run, state: State) -> dict[str, Any]:
 def recalibrate(run: Run, net: nn.Module) -> None:
     """Measure batch norm's statistics anew with the weights as they are; all processes agree on them."""
     if run.config.recalibrate:
-        update_bn((images for images, _ in batches(run.data.train, run.config.recalibrate, run.config.seed)), net)
+        device = run.accelerator.device
+        few = batches(run.data.train, run.config.recalibrate, run.config.seed, device)
+        update_bn((images for images, _ in few), net)
         for name, buffer in net.named_buffers():
             if name.endswith(('running_mean', 'running_var')):
                 buffer.copy_(run.accelerator.reduce(buffer, reduction='mean'))

@@ -1,0 +1,47 @@
+"""Task: what a training loop does not know of itself: images, a net for them, a loss and a score."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from accelerate import Accelerator
+from classification import Classification
+from config import Setup
+from data import Data
+from segmentation import Segmentation
+from torch import Tensor, nn
+
+
+class Task(Protocol):
+    """What a training loop asks for."""
+
+    metric: str
+    """Name of the score, in summary.csv and in the facts of tickets; higher is better."""
+
+    def create_data(self, accelerator: Accelerator, known: Mapping[str, Any] | None = None) -> Data:
+        """Loaders; `known` is the `pretrained_cfg` of weights that are used to a mean and a standard deviation."""
+
+    def create_net(self, make: Callable[..., nn.Module], data: Data) -> nn.Module:
+        """A net for these images around the model that `make(num_classes=..., ...)` makes."""
+
+    def loss(self, model: nn.Module, images: Any, targets: Any) -> Tensor:
+        """What training makes small."""
+
+    def score(self, net: nn.Module, data: Data, accelerator: Accelerator) -> float:
+        """How good the net is on the test images, which count once each."""
+
+
+TASKS: dict[str, Callable[..., Task]] = {'classify': Classification, 'segment': Segmentation}
+
+
+def find_task(config: Setup) -> Task:
+    """The task of a configuration.
+
+    Raises:
+        ValueError: It is unknown, or has other settings than those given.
+    """
+    if config.task not in TASKS:
+        raise ValueError(f'task {config.task!r} is unknown; choose from {", ".join(TASKS)}')
+    try:
+        return TASKS[config.task](config, **config.task_args)
+    except TypeError as error:
+        raise ValueError(f'task_args={config.task_args} do not fit task {config.task!r}: {error}') from None
