@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from config import Setup
-from data import CHANNELS_LAST, Data, check_splits
+from data import CHANNELS_LAST, Data, check_splits, normalization
 from numpy.typing import NDArray
 from PIL import Image
-from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD, create_dataset, create_loader
+from timm.data import create_dataset, create_loader
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
@@ -94,7 +94,7 @@ def create_data(config: Setup, accelerator: Accelerator, known: Mapping[str, Any
     if labels and num_classes < len(labels):
         raise ValueError(f'dataset {config.dataset!r} has {len(labels)} classes, the model only {num_classes}')
     check_splits(config, accelerator, train, val)
-    mean, std = _normalization(config.in_chans, known or {})
+    mean, std = normalization(config.in_chans, known or {})
     shared = {
         'input_size': (config.in_chans, config.img_size, config.img_size),
         'batch_size': config.batch_size,
@@ -133,22 +133,14 @@ def create_data(config: Setup, accelerator: Accelerator, known: Mapping[str, Any
     )
 
 
-def _normalization(in_chans: int, known: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel."""
-    mean, std = (tuple(known.get(key) or ()) for key in ('mean', 'std'))
-    if len(mean) == len(std) == in_chans:
-        return mean, std
-    return IMAGENET_INCEPTION_MEAN[:in_chans], IMAGENET_INCEPTION_STD[:in_chans]
-
-
 def _datasets(config: Setup) -> tuple[Any, Any, list[str]]:
     mode = 'L' if config.in_chans == 1 else 'RGB'
     if config.dataset == 'digits':
-        return _digits(mode)
+        return digits(mode)
     if config.dataset == 'fashion_mnist':
         folder = Path(config.data_dir) if config.data_dir else FASHION_MNIST
         if any(folder.glob('train-images-idx3-ubyte*')):
-            splits = [Pictures(*_idx_split(folder, name), mode) for name in ('train', 't10k')]
+            splits = [Pictures(*idx_split(folder, name), mode) for name in ('train', 't10k')]
             return splits[0], splits[1], list(FASHION_MNIST_LABELS)
         if not any(folder.rglob('*.parquet')):
             raise ValueError(
@@ -192,7 +184,7 @@ def _in_our_words(error: Exception) -> str:
     return ' '.join(str(error).split()).replace('`num_samples`', 'train_samples= and val_samples=')
 
 
-def _digits(mode: str) -> tuple[Pictures, Pictures, list[str]]:
+def digits(mode: str) -> tuple[Pictures, Pictures, list[str]]:
     """scikit-learn's digits: 1,797 real scans of 8x8; a third, 599, is held out for scoring, the same in every run."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -207,7 +199,8 @@ def _digits(mode: str) -> tuple[Pictures, Pictures, list[str]]:
     )
 
 
-def _idx_split(folder: Path, split: str) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+def idx_split(folder: Path, split: str) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Images and labels of a split in the four files that Fashion-MNIST comes in."""
     images, labels = (_read_idx(folder, f'{split}-{kind}-ubyte') for kind in ('images-idx3', 'labels-idx1'))
     if len(images) != len(labels):
         raise ValueError(f'{folder} has {len(images)} images but {len(labels)} labels of split {split!r}')

@@ -21,7 +21,8 @@ class Setup:
         task: What the net learns: `classify` or `segment`.
         task_args: Settings of the task, e.g. `{ohem: 0.7}` for `segment`.
         dataset: For `classify`: `digits` (embedded), `fashion_mnist`, or a dataset name of timm: `hfds/...`,
-            `hfids/...`, `folder`. For `segment`: `scenes` (embedded), `cityscapes`, `ade20k`, `scene_parse_150`, `masks`.
+            `hfids/...`, `folder`. For `segment`: `scenes` (embedded), `cityscapes`, `ade20k`, `scene_parse_150` or
+            `masks`, a folder of images and masks.
         data_dir: Where the dataset lies.
         train_split: Split to train on.
         val_split: Split to score on; the test images.

@@ -1,6 +1,6 @@
 """Data: loaders, what is known of their images, and batches whose order depends on a seed alone."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device, set_seed
 from config import Setup
+from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 
@@ -39,6 +40,14 @@ class Data:
         """`(C, H, W)`."""
         size: tuple[int, int, int] = self.config['input_size']
         return size
+
+
+def normalization(in_chans: int, known: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel."""
+    mean, std = (tuple(known.get(key) or ()) for key in ('mean', 'std'))
+    if len(mean) == len(std) == in_chans:
+        return mean, std
+    return IMAGENET_INCEPTION_MEAN[:in_chans], IMAGENET_INCEPTION_STD[:in_chans]
 
 
 def share(train: Dataset[Any], val: Dataset[Any], config: Setup, accelerator: Accelerator, collate: Any) -> list[Any]:
@@ -73,7 +82,7 @@ def check_splits(config: Setup, accelerator: Accelerator, train: Any, val: Any) 
         )
 
 
-def batches(loader: Any, steps: int, seed: int, device: torch.device) -> Iterator[tuple[Any, Any]]:
+def batches(loader: Any, steps: int, seed: int, device: torch.device | str = 'cpu') -> Iterator[tuple[Any, Any]]:
     """Exactly `steps` batches of images and what belongs to them, on the device.
 
     Which ones, and all randomness from here on, depend on the seed alone.

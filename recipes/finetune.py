@@ -13,9 +13,9 @@ from config import Setup, parse
 from data import Data
 from report import TRUNK, Report
 from state import find_checkpoint
+from task import Task, find_task
 from timm.scheduler import CosineLRScheduler
 from torch import nn
-from task import Task, find_task
 from train import Run, command, create_accelerator, measure, pruned, save_ticket, start, train
 
 from timm_supertickets import Mask, Ticket, prunable
@@ -87,15 +87,18 @@ def main(argv: list[str]) -> None:
 
 
 def create_net(config: Config, ticket: Ticket, task: Task, data: Data) -> nn.Module:
-    """The ticket's model, for these classes."""
+    """A net for the task, made of the ticket's model."""
     torch.manual_seed(config.seed)
-    args: dict[str, Any] = {'num_classes': data.num_classes, 'in_chans': config.in_chans}
-    if ticket.pretrained_cfg.get('fixed_input_size'):
-        args['img_size'] = config.img_size
-    if config.weights == 'ticket':
-        return ticket.build(**args)
-    net: nn.Module = timm.create_model(ticket.architecture, **{**ticket.model_args, **args})
-    return net
+    size = {'img_size': config.img_size} if ticket.pretrained_cfg.get('fixed_input_size') else {}
+
+    def make(**kwargs: Any) -> nn.Module:
+        args = {'in_chans': config.in_chans, **size, **kwargs}
+        if config.weights == 'ticket':
+            return ticket.build(**args)
+        model: nn.Module = timm.create_model(ticket.architecture, **{**ticket.model_args, **args})
+        return model
+
+    return task.create_net(make, data)
 
 
 def chosen_mask(config: Config, ticket: Ticket, net: nn.Module) -> Mask:

@@ -89,7 +89,8 @@ class Report:
     def add(self, **row: Any) -> None:
         """Add a row, and write summary.csv anew."""
         self.rows.append({**row, 'seconds': round(time.monotonic() - self.started, 1)})
-        self._bar.set_postfix_str(f'loss {row["loss"]:.3f}, {self.metric} {row[self.metric]:.3f}, sparsity {row["sparsity"]:.3f}')
+        shown = {'loss': row['loss'], self.metric: row[self.metric], 'sparsity': row['sparsity']}
+        self._bar.set_postfix_str(', '.join(f'{name} {value:.3f}' for name, value in shown.items()))
         if self.main:
             text = io.StringIO()
             writer = csv.DictWriter(text, ('name', 'round', 'step', 'loss', self.metric, *COLUMNS), lineterminator='\n')

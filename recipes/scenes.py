@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from classification import FASHION_MNIST, FASHION_MNIST_LABELS, _digits, _idx_split
+from classification import FASHION_MNIST, FASHION_MNIST_LABELS, digits, idx_split
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -169,11 +169,11 @@ def _same(folder: Path, about: dict[str, Any]) -> Path:
 def _sources(scans: str, data_dir: str | Path | None) -> tuple[dict[str, tuple[Any, Any]], list[str]]:
     """Scans and their labels by split, and the names of the classes."""
     if scans == 'digits':
-        *splits, names = _digits('L')
+        *splits, names = digits('L')
         return {name: (split.images, split.labels) for name, split in zip(SPLITS, splits, strict=True)}, names
     if scans == 'fashion_mnist':
         folder = Path(data_dir or FASHION_MNIST)
-        found = {name: _idx_split(folder, split) for name, split in zip(SPLITS, ('train', 't10k'), strict=True)}
+        found = {name: idx_split(folder, split) for name, split in zip(SPLITS, ('train', 't10k'), strict=True)}
         return found, list(FASHION_MNIST_LABELS)
     raise ValueError(f'scans must be digits or fashion_mnist, got {scans!r}')
 

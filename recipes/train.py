@@ -16,6 +16,7 @@ import plan
 import timm
 import torch
 from accelerate import Accelerator
+from backbone import ticket_part
 from config import Config, Setup, parse
 from data import Data, batches
 from pictures import draw_pictures
@@ -327,7 +328,8 @@ def save_ticket(run: Run, state: State, name: str, loss: float) -> None:
             'command': run.command,
             'versions': {module.__name__: module.__version__ for module in (timm_supertickets, torch, timm)},
         }
-        ticket = Ticket.draw(state.best, state.mask, facts=facts, data_config=run.data.config)
+        model, mask = ticket_part(state.best, state.mask)
+        ticket = Ticket.draw(model, mask, facts=facts, data_config=run.data.config)
         folder = ticket.save(run.report.output / name)
         score['bytes'] = (folder / PACKED).stat().st_size
         if state.initial:
@@ -335,7 +337,8 @@ def save_ticket(run: Run, state: State, name: str, loss: float) -> None:
                 'dataset': config.dataset,
                 'how': f'The mask of {name} on the weights that training began with.',
             }
-            first = Ticket.draw(state.rewound(), state.mask, facts=how, data_config=run.data.config)
+            model, mask = ticket_part(state.rewound(), state.mask)
+            first = Ticket.draw(model, mask, facts=how, data_config=run.data.config)
             first.save(run.report.output / f'{name}_initial')
     run.report.add(name=name, round=state.round, step=state.round * config.round_steps, loss=loss, **score)
 

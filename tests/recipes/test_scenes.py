@@ -6,8 +6,8 @@ import json
 import numpy as np
 import pytest
 import scenes
+from classification import Pictures
 from coco import coco_paths, read_coco
-from data import Pictures
 from PIL import Image
 from pixels import read_pixels
 from pycocotools import mask as pymask

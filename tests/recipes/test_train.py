@@ -72,8 +72,8 @@ def test_sparsity_is_exact_everywhere(smoke, tmp_path, name, sparsity):
 def test_a_ticket_scores_what_its_facts_say(smoke):
     ticket = load_ticket(smoke[0] / 'superticket_mbv2_s50')
     from accelerate import Accelerator
+    from classification import create_data, top1
     from config import Config
-    from data import create_data, top1
 
     accelerator = Accelerator()
     assert top1(ticket.build(), create_data(Config(), accelerator), accelerator) == ticket.facts['top1']

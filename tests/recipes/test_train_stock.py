@@ -10,7 +10,7 @@ import timm
 import torch
 import train
 import yaml
-from data import create_data
+from classification import create_data
 
 from timm_supertickets import load_ticket, prunable
 

@@ -358,6 +358,28 @@ class MixedHRNet(nn.Module):
         """The supernet that this net is a member of."""
         return largest(self.arch)
 
+    def with_dense_head(self, num_classes: int) -> 'MixedHRNet':
+        """A net with these branches, weights included, under a fresh head for dense tasks.
+
+        Args:
+            num_classes: Classes of a pixel, or key points.
+        """
+        shape = dict(self.arch.shape)
+        head = make_divisible(sum(shape['stages'][-1][1]) / 3, 2)
+        arch = largest(Arch('hr', tuple({**shape, 'task': 'dense', 'head': (head,)}.items()), ()))
+        trunk = sum(not place.path.startswith('head') for place in block_places(arch))
+        arch = Arch(
+            'hr',
+            arch.shape,
+            self.arch.blocks[:trunk] + arch.blocks[trunk:],
+            self.arch.tokens[:trunk] + arch.tokens[trunk:],
+        )
+        net = MixedHRNet(arch, num_classes, self.in_chans, **self._settings, **get_device_dtype(self))
+        weights = {name: t for name, t in self.state_dict().items() if not name.startswith(('head.', 'classifier.'))}
+        net.load_state_dict(weights, strict=False)
+        carry_over(self, net)
+        return net
+
     def rebuild(self, arch: Arch) -> 'MixedHRNet':
         """A net of another member with this one's settings, freshly initialised, on the same device and dtype."""
         small = MixedHRNet(
