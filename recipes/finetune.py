@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import timm
 import torch
+from backbone import PREFIX, OnBackbone
 from config import Setup, parse
 from data import Data
 from report import TRUNK, Report
@@ -102,14 +103,15 @@ def create_net(config: Config, ticket: Ticket, task: Task, data: Data) -> nn.Mod
 
 
 def chosen_mask(config: Config, ticket: Ticket, net: nn.Module) -> Mask:
-    """Which weights live when training starts."""
+    """Which weights live when training starts; what the ticket has not, a new head, is not masked."""
     device = next(net.parameters()).device
     mask = ticket.mask
     if config.mask == 'dense':
-        mask = Mask.dense(prunable(net))
-    elif config.mask == 'shuffle':
+        return Mask.dense(prunable(net))
+    if config.mask == 'shuffle':
         mask = mask.shuffled(torch.Generator().manual_seed(config.seed))
-    return Mask({name: alive.to(device) for name, alive in mask.items()})
+    prefix = PREFIX if isinstance(net, OnBackbone) else ''
+    return Mask({prefix + name: alive.to(device) for name, alive in mask.items() if prefix + name in prunable(net)})
 
 
 def origin(config: Config, ticket: Ticket) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 import json
 
+import finetune
 import numpy as np
 import pytest
 import timm
@@ -14,9 +15,11 @@ from scenes import write_scenes
 from segmentation import PixelNet, Segmentation, upsampled
 from torch import nn
 
-from timm_supertickets import Mask, load_ticket, prunable
+from timm_supertickets import Mask, Ticket, load_ticket, prunable
 from timm_supertickets.cost import model_cost
 from timm_supertickets.search.shrink import gate_, searchable, shrink
+from timm_supertickets.sparsity.prune import prune
+from timm_supertickets.sparsity.scores import magnitude
 
 FEW = [
     'task=segment', 'dataset=cityscapes', 'img_size=32', 'batch_size=4', 'rounds=2', 'round_steps=2',
@@ -198,6 +201,23 @@ def test_a_run_draws_a_ticket(scenes, tmp_path, model, dense):
     assert 0 <= ticket.facts['miou'] <= 1
     assert json.loads((folder / 'config.json').read_text())['pretrained_cfg']['label_names'][0] == 'road'
     assert ticket.build()(torch.rand(1, 3, 64, 64)).shape == ((1, 19, 16, 16) if dense else (1, 128))
+
+
+@pytest.mark.parametrize('model', ['supernet_hr_tiny', 'supernet_mbv2_tiny'])
+def test_a_classifiers_ticket_scores_pixels_and_keeps_its_mask(scenes, tmp_path, model):
+    torch.manual_seed(0)
+    net = timm.create_model(model)
+    drawn = Ticket.draw(net, prune(magnitude(net), 0.7), data_config={'input_size': (3, 32, 32)})
+    drawn.save(tmp_path / 'drawn')
+    few = [arg for arg in FEW if arg.split('=')[0] not in ('cooldown_steps', 'targets', 'search_until')]
+    finetune.main([*few, f'ticket={tmp_path / "drawn"}', f'data_dir={scenes}', f'output={tmp_path / "run"}'])
+    (folder,) = (path.parent for path in (tmp_path / 'run').glob('*/ticket.safetensors'))
+    ticket = load_ticket(folder)
+    shared = [name for name in drawn.mask if not name.startswith('head.')]
+    assert set(ticket.mask) == set(shared)
+    for name in shared:
+        assert ticket.mask[name].equal(drawn.mask[name])
+        assert not torch.equal(ticket.weights[name], drawn.weights[name]) or name == 'conv_head.weight'
 
 
 def test_the_ticket_of_a_head_over_a_backbone_is_the_backbones():
