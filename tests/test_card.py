@@ -139,6 +139,16 @@ def test_metadata_is_what_the_hub_reads(micro_facts, tmp_path):
     assert (data.model_name, result.dataset_type) == ('micro', 'someone/pictures')
 
 
+@pytest.mark.parametrize('key', card.SCORES)
+def test_every_score_has_its_words_and_its_metadata(micro, tmp_path, key):
+    words, metric, task = card.SCORES[key]
+    facts = card.gather_facts(micro, 'x', {key: 0.125, 'dataset': 'scenes', 'n': 8})
+    (tmp_path / 'README.md').write_text(card.render(facts), encoding='utf-8')
+    assert f'| {words} on scenes, n = 8 | 0.1250 |' in card.render(facts)
+    (result,) = ModelCard.load(tmp_path / 'README.md').data.eval_results
+    assert (result.metric_type, result.metric_value, result.task_type) == (metric, 0.125, task)
+
+
 @pytest.mark.parametrize('key', SHOWN)
 def test_every_fact_is_shown_and_a_missing_one_has_no_line(micro_facts, key):
     values = {'top1': '0.2500', 'dataset': 'someone/pictures', 'repo_id': 'hf-hub:me/micro.st_none', 'runs': '3, 5'}

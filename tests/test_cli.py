@@ -268,10 +268,10 @@ def test_list_goes_on_after_broken_tickets(capsys, shelf, folder):
     size = f'{(folder / "ticket.safetensors").stat().st_size:,}'
     dense = f'{(shelf / "dense" / "model.safetensors").stat().st_size:,}'
     assert [line.split() for line in out.partition('\n\n')[2].splitlines()] == [
-        ['ticket', 'sparsity', 'top-1', 'bytes'],
+        ['ticket', 'sparsity', 'score', 'bytes'],
         [str(shelf / 'dense'), '12.20', '%', '-', dense],
         [str(shelf / 'odd'), '-', '-', size],
-        [str(folder), '12.20', '%', '0.7500', size],
+        [str(folder), '12.20', '%', '0.7500', 'top-1', size],
     ]
     cut, half, lost = err.splitlines()
     assert cut.startswith(

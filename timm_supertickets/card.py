@@ -29,6 +29,13 @@ TEMPLATE = 'TEMPLATE.md'
 DATA = 'DATA.yaml'
 CLASSIFY, SEGMENT, FEATURES = 'image-classification', 'image-segmentation', 'image-feature-extraction'
 TASKS = (CLASSIFY, SEGMENT, FEATURES)
+SCORES = {
+    'top1': ('top-1', 'accuracy', CLASSIFY),
+    'miou': ('mean IoU', 'mean_iou', SEGMENT),
+    'box_ap': ('AP of boxes', 'mean_average_precision', 'object-detection'),
+    'keypoint_ap': ('AP of key points', 'mean_average_precision', 'keypoint-detection'),
+}
+"""By fact: what a score is called, and the Hub's names of it and of its task."""
 
 _HUB_NAME = r'[\w.-]+/[\w.-]+'
 _HEADER = '# Facts of a released ticket. What the ticket knows of itself is written here by write_released.\n'
@@ -96,7 +103,7 @@ GIVEN: dict[str, Kind] = {
     'dataset': TEXT,
     'data': _fields(name=TEXT, id=REPO, about=TEXT, source=URL, license=TEXT, license_url=URL, good_for=TEXTS,
                     limits=TEXTS),
-    'top1': SHARE,
+    **dict.fromkeys(SCORES, SHARE),
     'n': COUNT,
     'runs': _fields('seeds', 'mean', 'lowest', 'highest', seeds=COUNTS, mean=SHARE, lowest=SHARE, highest=SHARE,
                     about=TEXT),
@@ -233,6 +240,7 @@ def render(facts: Mapping[str, Any]) -> str:
     shown = dict(facts)
     if 'dataset' in facts:
         shown['data'] = {**_data(facts['dataset']), **facts.get('data', {})}
+    shown['scores'] = [(words, facts[key]) for key, (words, *_) in SCORES.items() if key in facts]
     metadata = Markup(_metadata(shown).to_yaml())
     return str(ModelCard(_environment().get_template(TEMPLATE).render(**shown, metadata=metadata)))
 
@@ -358,17 +366,19 @@ def _draw(folder: Path, prefix: str, ticket: Ticket, facts: Mapping[str, Any]) -
 def _metadata(facts: Mapping[str, Any]) -> ModelCardData:
     data = facts.get('data', {})
     results = None
-    if 'top1' in facts and 'dataset' in facts:
+    found = [key for key in SCORES if key in facts]
+    if found and 'dataset' in facts:
         results = [
             EvalResult(
-                task_type=facts['task'],
+                task_type=SCORES[key][2],
                 dataset_type=data.get('id') or _line(facts['dataset']),
                 dataset_name=_line(data.get('name') or facts['dataset']),
                 dataset_args={'n': facts['n']} if 'n' in facts else None,
-                metric_type='accuracy',
-                metric_name='top-1',
-                metric_value=facts['top1'],
+                metric_type=SCORES[key][1],
+                metric_name=SCORES[key][0],
+                metric_value=facts[key],
             )
+            for key in found
         ]
     return ModelCardData(
         library_name='timm',
@@ -376,7 +386,7 @@ def _metadata(facts: Mapping[str, Any]) -> ModelCardData:
         tags=['timm', 'superticket', 'sparsity', *([_line(facts['space'])] if 'space' in facts else [])],
         license=_line(facts['license']) if 'license' in facts else None,
         datasets=[data['id']] if 'id' in data else None,
-        metrics=['accuracy'] if results else None,
+        metrics=[SCORES[key][1] for key in found] if results else None,
         model_name=_line(facts['name']) if results else None,
         eval_results=results,
     )

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .arch import Arch
+from .card import SCORES
 from .channels import ChannelGroup
 from .cost import Cost, model_cost
 from .files import dump_safetensors, read_json, read_safetensors
@@ -30,7 +31,7 @@ UNITS = ((10**11, 10**9, 'G', 2), (10**8, 10**6, 'M', 2), (0, 10**3, 'k', 1))
 # space between columns, length of channel bars, of density bars: the first that fits
 LAYOUTS = ((2, 24, 12), (2, 18, 9), (2, 12, 6), (1, 8, 5), (1, 0, 6), (1, 0, 0))
 LEAST_WIDTH, PIPE_WIDTH = 80, 1000
-FACTS = ('dataset', 'top1', 'n', 'seed', 'command')
+FACTS = ('dataset', *SCORES, 'n', 'seed', 'command')
 
 
 @dataclass(frozen=True)
@@ -147,17 +148,17 @@ def show_models(console: Console) -> None:
 
 
 def show_folders(console: Console, found: Iterable[Found]) -> None:
-    """A table of tickets: where, sparsity, top-1 and size."""
+    """A table of tickets: where, sparsity, score and size."""
     table = _table()
     table.add_column('ticket', overflow='fold')
-    for name in ('sparsity', 'top-1', 'bytes'):
+    for name in ('sparsity', 'score', 'bytes'):
         table.add_column(name, justify='right', no_wrap=True)
     for row in found:
-        top1 = row.facts.get('top1')
+        scores = [f'{row.facts[key]:.4f} {SCORES[key][0]}' for key in SCORES if _is_share(row.facts.get(key))]
         table.add_row(
             clean(str(row.folder)),
             _percent(row.sparsity) if _is_share(row.sparsity) else '-',
-            f'{top1:.4f}' if _is_share(top1) else '-',
+            ', '.join(scores) or '-',
             f'{row.size:,}',
         )
     _print(console, table)
@@ -199,9 +200,10 @@ def _summary(ticket: Ticket, cost: Cost, input_size: Sequence[int], size: int | 
         ('bytes', f'{packed:,} packed, {dense:,} dense ({dense / packed:.1f} times as many)'),
     ]
     facts = {key: _fact(value) for key, value in ticket.facts.items()}
-    if 'top1' in facts and 'n' in facts:
-        facts['top1'] += f' (n = {facts.pop("n")})'
-    lines += [('top-1' if key == 'top1' else key, facts.pop(key)) for key in FACTS if key in facts]
+    score = next((key for key in SCORES if key in facts), None)
+    if score and 'n' in facts:
+        facts[score] += f' (n = {facts.pop("n")})'
+    lines += [(SCORES[key][0] if key in SCORES else key, facts.pop(key)) for key in FACTS if key in facts]
     lines += [(clean(key), value) for key, value in facts.items()]
     grid = Table.grid(padding=(0, 2, 0, 0))
     grid.add_column(style='dim', no_wrap=True)
