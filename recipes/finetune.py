@@ -3,6 +3,7 @@
 accelerate launch recipes/finetune.py ticket=FOLDER [--config recipes/configs/NAME.yaml] [key=value ...]
 """
 
+import math
 import sys
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,8 +13,9 @@ import torch
 from backbone import PREFIX, OnBackbone
 from config import Setup, parse
 from data import Data
+from distillation import Distilled, find_teacher
 from report import TRUNK, Report
-from state import find_checkpoint
+from state import State, find_checkpoint
 from task import Task, find_task
 from timm.scheduler import CosineLRScheduler
 from torch import nn
@@ -33,16 +35,24 @@ class Config(Setup):
         mask: Which weights live: those of the ticket (`keep`), as many of every layer in other places (`shuffle`), or
             all of them (`dense`).
         sparsity: Prune to this at once before training; 0 does not.
+        teacher: Learn from this one's scores too: a ticket as above, or a model of timm with pretrained weights.
+        distill: Share of the loss that is the teacher's.
+        temperature: Divides scores before they are compared with the teacher's.
     """
 
     ticket: str = ''
     weights: Literal['ticket', 'fresh'] = 'ticket'
     mask: Literal['keep', 'shuffle', 'dense'] = 'keep'
     sparsity: float = 0.0
+    teacher: str = ''
+    distill: float = 0.5
+    temperature: float = 2.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.within(0, 1, 'sparsity', end=False)
+        self.within(0, 1, 'distill')
+        self.within(0, math.inf, 'temperature', start=False)
         if not self.ticket:
             raise ValueError(
                 f'ticket is missing; give ticket=FOLDER, such as train.py writes, or ticket={HUB}OWNER/NAME'
@@ -52,21 +62,50 @@ class Config(Setup):
 def main(argv: list[str]) -> None:
     """Prune once if asked to; train with the mask held while the learning rate falls to zero; save."""
     config = parse(argv, Config, 'finetune_digits.yaml', 'finetune.py')
+    run, state = begin(config, command('finetune.py', argv))
+    if config.sparsity and not state.round:
+        state.mask = pruned(config, state, config.sparsity)
+        state.zero_dead_weights_()
+
+    rate = falling(config, state)
+    while state.round < config.rounds:
+        first = state.round * config.round_steps
+        loss = train(run, state, f'round {state.round + 1} of {config.rounds}', first, config.round_steps, rate)
+        state.round += 1
+        run.report.add(name=TRUNK, step=state.round * config.round_steps, round=state.round, loss=loss,
+                       **measure(run, state))  # fmt: skip
+        state.save(run.accelerator, run.report.output, run.report.rows)
+
+    finish(run, state)
+
+
+def begin(config: Config, said: str) -> tuple[Run, State]:
+    """A ticket, the images it goes to, and its net and optimizer, as they are at first or as a checkpoint has them.
+
+    Args:
+        config: What is to be done.
+        said: What to type to do it again.
+    """
     accelerator = create_accelerator(config)
     ticket = find_ticket(config.ticket)
     task = find_task(config)
     data = task.create_data(accelerator, ticket.pretrained_cfg)
     net = create_net(config, ticket, task, data).to(accelerator.device)
+    if config.teacher:
+        teacher = find_teacher(config.teacher, data).to(accelerator.device)
+        task = Distilled(task, teacher, config.distill, config.temperature)
     report = Report(config, task.metric, accelerator.is_main_process)
-    run = Run(config, task, accelerator, data, report, command('finetune.py', argv), origin(config, ticket))
+    run = Run(config, task, accelerator, data, report, said, origin(config, ticket))
     state = start(config, net, chosen_mask(config, ticket, net))
-    if config.sparsity:
-        state.mask = pruned(config, state, config.sparsity)
     state.zero_dead_weights_()
     if path := find_checkpoint(config.resume, report.output):
         report.resume(state.load(accelerator, path), state.round * config.round_steps)
+    return run, state
 
-    rate = CosineLRScheduler(
+
+def falling(config: Setup, state: State) -> CosineLRScheduler:
+    """A learning rate that rises if it is to, and falls to zero until the last step."""
+    return CosineLRScheduler(
         state.optimizer,
         max(1, config.steps),
         warmup_t=config.warmup_steps,
@@ -74,17 +113,15 @@ def main(argv: list[str]) -> None:
         t_in_epochs=False,
         initialize=False,
     )
-    while state.round < config.rounds:
-        first = state.round * config.round_steps
-        loss = train(run, state, f'round {state.round + 1} of {config.rounds}', first, config.round_steps, rate)
-        state.round += 1
-        report.add(name=TRUNK, step=first + config.round_steps, round=state.round, loss=loss, **measure(run, state))
-        state.save(accelerator, report.output, report.rows)
 
+
+def finish(run: Run, state: State) -> None:
+    """Save the ticket, and say how to load it."""
     state.zero_dead_weights_()
     name = f'{state.ticket_name}_s{round(100 * state.mask.sparsity, 1):g}'.replace('.', '_')
-    save_ticket(run, state, name, report.rows[-1]['loss'] if report.rows else float('nan'))
-    report.finish(f'{config.ticket}, fine-tuned on {config.dataset}')
+    save_ticket(run, state, name, run.report.rows[-1]['loss'] if run.report.rows else float('nan'))
+    assert isinstance(run.config, Config)
+    run.report.finish(f'{run.config.ticket}, fine-tuned on {run.config.dataset}')
 
 
 def create_net(config: Config, ticket: Ticket, task: Task, data: Data) -> nn.Module:

@@ -1,8 +1,8 @@
 import json
 
-import finetune
 import numpy as np
 import pytest
+import segment
 import timm
 import torch
 import train
@@ -210,7 +210,8 @@ def test_a_classifiers_ticket_scores_pixels_and_keeps_its_mask(scenes, tmp_path,
     drawn = Ticket.draw(net, prune(magnitude(net), 0.7), data_config={'input_size': (3, 32, 32)})
     drawn.save(tmp_path / 'drawn')
     few = [arg for arg in FEW if arg.split('=')[0] not in ('cooldown_steps', 'targets', 'search_until')]
-    finetune.main([*few, f'ticket={tmp_path / "drawn"}', f'data_dir={scenes}', f'output={tmp_path / "run"}'])
+    segment.main([*few, f'ticket={tmp_path / "drawn"}', f'data_dir={scenes}', f'output={tmp_path / "run"}'])
+    assert (tmp_path / 'run/predictions.png').read_bytes()[:4] == b'\x89PNG'
     (folder,) = (path.parent for path in (tmp_path / 'run').glob('*/ticket.safetensors'))
     ticket = load_ticket(folder)
     shared = [name for name in drawn.mask if not name.startswith('head.')]
