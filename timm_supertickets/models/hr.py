@@ -38,6 +38,7 @@ torch.fx.wrap('check_size')
 KERNELS = (3, 5, 7)
 EXPAND_RATIO = 4
 HEADS = ('classify', 'dense')
+PIXEL_STD = 0.01
 BATCH_NORM = partial(nn.BatchNorm2d, eps=1e-3)
 
 # (blocks per branch, channels per branch) per stage
@@ -332,6 +333,7 @@ class MixedHRNet(nn.Module):
             self.head = DenseHead(blocks['head.block'])
         self._make_classifier(num_classes, global_pool, **dd)
         efficientnet_init_weights(self)
+        self._init_classifier()
 
     def _make_classifier(self, num_classes: int, global_pool: str, **dd: Any) -> None:
         if self.arch['task'] == 'classify':
@@ -342,6 +344,11 @@ class MixedHRNet(nn.Module):
         else:
             self.global_pool = SelectAdaptivePool2d(pool_type='')
             self.classifier = nn.Conv2d(self.num_features, num_classes, 1, **dd) if num_classes > 0 else nn.Identity()
+
+    def _init_classifier(self) -> None:
+        """Start with small scores of pixels: unlike pooled ones, the maps they are made of have any scale."""
+        if isinstance(self.classifier, nn.Conv2d):
+            nn.init.normal_(self.classifier.weight, std=PIXEL_STD)
 
     def channel_groups(self) -> tuple[ChannelGroup, ...]:
         """One group per block that is not dropped, and one for its tokens, in network order; all can be dropped."""
@@ -423,6 +430,7 @@ class MixedHRNet(nn.Module):
         if global_pool is None:
             global_pool = self.global_pool.pool_type
         self._make_classifier(num_classes, global_pool, **get_device_dtype(self))
+        self._init_classifier()
         self.global_pool.train(self.training)
         self.classifier.train(self.training)
 
