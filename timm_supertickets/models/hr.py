@@ -332,6 +332,8 @@ class MixedHRNet(nn.Module):
             self.head = DenseHead(blocks['head.block'])
         self._make_classifier(num_classes, global_pool, **dd)
         efficientnet_init_weights(self)
+        if isinstance(self.classifier, nn.Conv2d):  # or heat maps would start a thousand times too high
+            nn.init.normal_(self.classifier.weight, std=0.001)
 
     def _make_classifier(self, num_classes: int, global_pool: str, **dd: Any) -> None:
         if self.arch['task'] == 'classify':
