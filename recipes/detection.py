@@ -172,7 +172,7 @@ def fcos(body: Body, strides: list[int], anchor: float, **settings: Any) -> nn.M
     """No anchors but the cells."""
     sizes = tuple((stride,) for stride in strides)
     width, num_classes, norm = body.out_channels, settings['num_classes'], group_norm(body.out_channels)
-    head = FCOSHead(width, 1, num_classes)
+    head = FCOSHead(32, 1, num_classes)  # at multiples of 32 only, so both of its parts are replaced
     head.classification_head = FCOSClassificationHead(width, 1, num_classes, norm_layer=norm)
     head.regression_head = FCOSRegressionHead(width, 1, norm_layer=norm)
     anchors = AnchorGenerator(sizes, ((1.0,),) * len(sizes))
