@@ -1,7 +1,5 @@
-import contextlib
 import copy
 import csv
-import io
 import json
 from functools import partial
 
@@ -15,9 +13,9 @@ from backbone import searched_macs, ticket_part
 from config import Config
 from data import batches
 from detection import DETECTORS, BoxNet, Detection, results
-from pycocotools.cocoeval import COCOeval
 from scenes import write_scenes
-from test_boxes import a_box, a_coco, quiet_coco
+from test_boxes import a_box, a_coco
+from test_pose import FEW, channels, evaluated, watched
 from torch import nn
 
 from timm_supertickets import Mask, load_ticket, prunable
@@ -45,18 +43,6 @@ def a_task(scenes, img_size=64, **settings):
 def a_net(task, data, name='supernet_hr_tiny', **args):
     torch.manual_seed(0)
     return task.create_net(partial(timm.create_model, name, width=0.5, **args), data)
-
-
-def evaluated(truth, results, folder):
-    """What COCO's evaluator makes of a json file of results."""
-    (folder / 'results.json').write_text(json.dumps(results))
-    truth = quiet_coco(truth)
-    with contextlib.redirect_stdout(io.StringIO()):
-        evaluator = COCOeval(truth, truth.loadRes(str(folder / 'results.json')), 'bbox')
-        evaluator.evaluate()
-        evaluator.accumulate()
-        evaluator.summarize()
-    return evaluator.stats[0]
 
 
 class Knowing(nn.Module):
@@ -121,7 +107,7 @@ def test_a_net_that_knows_the_boxes_scores_as_cocos_evaluator_says(tmp_path, sce
             expected.append({**one, 'bbox': [x + moved, y + moved, w, h], 'score': 1 / (2 + i)})
     net = Knowing(boxes, moved).train()
     found = task.score(net, data, accelerator)
-    assert found == pytest.approx(evaluated(boxes.coco.path, expected, tmp_path))
+    assert found == pytest.approx(evaluated(boxes.coco.path, expected, tmp_path, 'bbox'))
     assert found == pytest.approx(1) if moved == 0 else 0.2 < found < 0.99
     assert net.training
 
@@ -255,26 +241,12 @@ def test_a_backbone_without_coarse_maps_is_one_clear_line(scenes, accelerator):
         a_net(task, task.create_data(accelerator))
 
 
-def channels(arch):
-    return sum(hidden for block in arch.blocks for _, hidden in block)
-
-
 def test_a_run_draws_a_ticket(scenes, tmp_path, monkeypatch):
-    saved = {}
-    save = train.save_ticket
-
-    def looked_at(run, state, name, loss):
-        weights = dict(state.net.named_parameters())
-        assert all((weights[key][~alive] == 0).all() for key, alive in state.mask.items())
-        saved[name] = state.mask
-        save(run, state, name, loss)
-
-    monkeypatch.setattr(train, 'save_ticket', looked_at)
+    masks = watched(monkeypatch)
     output = tmp_path / 'run'
-    few = ['rounds=2', 'round_steps=1', 'cooldown_steps=1', 'warmup_steps=0', 'recalibrate=1', 'threads=1']
     where = ['task=detect', 'dataset=coco', f'data_dir={scenes}', f'output={output}', 'batch_size=2', 'img_size=64']
     what = ['model=supernet_mbv2_tiny', 'model_args={width: 0.5}', 'task_args={width: 16}', 'lr=0.01']
-    train.main([*few, *where, *what, 'targets=[0.5,0.8]'])
+    train.main([*FEW, *where, *what, 'targets=[0.5,0.8]'])
     rows = list(csv.DictReader((output / 'summary.csv').read_text().splitlines()))
     assert [row['name'] for row in rows] == ['superticket_mbv2_s50', 'trunk', 'superticket_mbv2_s80', 'trunk']
     for row in rows:
@@ -285,7 +257,7 @@ def test_a_run_draws_a_ticket(scenes, tmp_path, monkeypatch):
         assert net.num_classes == 0
         assert channels(ticket.arch) < channels(net.supernet_arch)
         assert {PREFIX + key: alive.tolist() for key, alive in ticket.mask.items()} == {
-            key: alive.tolist() for key, alive in saved[name].items()
+            key: alive.tolist() for key, alive in masks[name].items()
         }
         assert ticket.mask.total - ticket.mask.alive == round(sparsity * ticket.mask.total)
         assert ticket.mask.total == sum(weight.numel() for weight in prunable(net).values())

@@ -26,6 +26,7 @@ from torch import nn
 from timm_supertickets import load_ticket, prunable
 
 CROP = [96, 72]
+FEW = ['rounds=2', 'round_steps=1', 'cooldown_steps=1', 'warmup_steps=0', 'recalibrate=1', 'threads=1']  # four steps
 TINY = {'model': 'supernet_hr_tiny', 'model_args': {'width': 0.5}}
 
 
@@ -54,16 +55,32 @@ def channels(arch):
     return sum(hidden for block in arch.blocks for _, hidden in block)
 
 
-def evaluated(truth, results, folder):
+def evaluated(truth, results, folder, kind='keypoints'):
     """What COCO's evaluator makes of a json file of results."""
     (folder / 'results.json').write_text(json.dumps(results))
     truth = quiet_coco(truth)
     with contextlib.redirect_stdout(io.StringIO()):
-        evaluator = COCOeval(truth, truth.loadRes(str(folder / 'results.json')), 'keypoints')
+        evaluator = COCOeval(truth, truth.loadRes(str(folder / 'results.json')), kind)
         evaluator.evaluate()
         evaluator.accumulate()
         evaluator.summarize()
     return evaluator.stats[0]
+
+
+def watched(monkeypatch):
+    """The masks of all that is trained, after a look at the weights right after the last step."""
+    masks = {}
+    trained = train.train
+
+    def looked_at(run, state, text, *args):
+        loss = trained(run, state, text, *args)
+        weights = dict(state.net.named_parameters())
+        assert all((weights[name][~alive] == 0).all() for name, alive in state.mask.items())
+        masks[text] = state.mask
+        return loss
+
+    monkeypatch.setattr(train, 'train', looked_at)
+    return masks
 
 
 class Knowing(nn.Module):
@@ -240,21 +257,11 @@ def test_collate(val):
 
 
 def test_a_run_draws_a_ticket(scenes, tmp_path, monkeypatch):
-    saved = {}
-    save = train.save_ticket
-
-    def looked_at(run, state, name, loss):
-        weights = dict(state.net.named_parameters())
-        assert all((weights[key][~alive] == 0).all() for key, alive in state.mask.items())
-        saved[name] = state.mask
-        save(run, state, name, loss)
-
-    monkeypatch.setattr(train, 'save_ticket', looked_at)
+    masks = watched(monkeypatch)
     output = tmp_path / 'run'
-    few = ['rounds=2', 'round_steps=1', 'cooldown_steps=1', 'warmup_steps=0', 'recalibrate=1', 'threads=1']
     where = ['task=keypoints', 'dataset=coco', f'data_dir={scenes}', f'output={output}', 'batch_size=2']
     what = ['model=supernet_hr_tiny', 'model_args={width: 0.5}', 'task_args={crop: [48, 36]}', 'targets=[0.5,0.8]']
-    train.main([*few, *where, *what])
+    train.main([*FEW, *where, *what])
     rows = list(csv.DictReader((output / 'summary.csv').read_text().splitlines()))
     assert [row['name'] for row in rows] == ['superticket_hr_s50', 'trunk', 'superticket_hr_s80', 'trunk']
     for row in rows:
@@ -266,7 +273,7 @@ def test_a_run_draws_a_ticket(scenes, tmp_path, monkeypatch):
         assert ticket.arch['task'] == 'dense'
         assert channels(ticket.arch) < channels(net.supernet_arch)
         assert {key: alive.tolist() for key, alive in ticket.mask.items()} == {
-            key: alive.tolist() for key, alive in saved[name].items()
+            key: alive.tolist() for key, alive in masks[name].items()
         }
         assert ticket.mask.total - ticket.mask.alive == round(sparsity * ticket.mask.total)
         assert ticket.mask.total == sum(weight.numel() for weight in prunable(net).values())
