@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from timm_supertickets import Arch, Mask
 from timm_supertickets.channels import ChannelGroup
+from timm_supertickets.cost import Cost
 from timm_supertickets.search.shrink import searchable
 
 PREFIX = 'backbone.'
@@ -82,6 +83,16 @@ def ticket_part(net: nn.Module, mask: Mapping[str, Tensor]) -> tuple[nn.Module, 
         return net, Mask(mask)
     inside = {name.removeprefix(PREFIX): alive for name, alive in mask.items() if name.startswith(PREFIX)}
     return net.backbone, Mask(inside)
+
+
+def searched_macs(net: nn.Module, cost: Cost) -> int:
+    """Multiply-accumulates of what a ticket is drawn from; a head is none of the supernet's that a budget is about.
+
+    Args:
+        net: The net.
+        cost: What it costs.
+    """
+    return sum(layer.macs for layer in cost.layers if not isinstance(net, OnBackbone) or layer.name.startswith(PREFIX))
 
 
 def _prefixed(names: Any) -> Any:

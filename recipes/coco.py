@@ -6,14 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from accelerate import Accelerator
+from config import Setup
 from faults import refuse
 from PIL import Image
+from scenes import write_scenes
 
 FIELDS = {
     'images': ('id', 'file_name', 'width', 'height'),
     'annotations': ('id', 'image_id', 'category_id', 'bbox', 'area', 'iscrowd'),
     'categories': ('id', 'name'),
 }
+SCENES = 'output/scenes/coco'  # where the embedded default is written
 VISIBILITIES = (0, 1, 2)  # of a key point: none, hidden, seen
 
 
@@ -43,6 +47,26 @@ class Coco:
     def open(self, image: dict[str, Any]) -> Image.Image:
         """An image, decoded."""
         return Image.open(self.folder / image['file_name']).convert('RGB')
+
+
+def coco_folder(config: Setup, accelerator: Accelerator) -> str:
+    """The folder of a run's dataset, `coco` or `scenes`; scenes are written there once.
+
+    Raises:
+        ValueError: The dataset is another, or its folder is missing.
+    """
+    name, folder = config.dataset, config.data_dir
+    if name not in ('scenes', 'coco'):
+        raise ValueError(f'dataset {name!r} has no place in task {config.task!r}; choose from scenes, coco')
+    if config.in_chans != 3:
+        raise ValueError(f'in_chans must be 3 for task {config.task!r}, got {config.in_chans}')
+    if name == 'scenes':
+        folder = folder or SCENES
+        with accelerator.main_process_first():
+            write_scenes(folder, 'coco')
+    if not folder or not Path(folder).is_dir():
+        raise ValueError(f'dataset {name!r} needs data_dir=FOLDER, and {folder} is none')
+    return folder
 
 
 def coco_paths(

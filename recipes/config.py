@@ -18,11 +18,11 @@ class Setup:
     """What every training has: images, an optimizer, rounds, and a folder.
 
     Args:
-        task: What the net learns: `classify` or `segment`.
+        task: What the net learns: `classify`, `segment`, `keypoints` or `detect`.
         task_args: Settings of the task, e.g. `{ohem: 0.7}` for `segment`.
         dataset: For `classify`: `digits` (embedded), `fashion_mnist`, or a dataset name of timm: `hfds/...`,
             `hfids/...`, `folder`. For `segment`: `scenes` (embedded), `cityscapes`, `ade20k`, `scene_parse_150` or
-            `masks`, a folder of images and masks.
+            `masks`, a folder of images and masks. For `keypoints` and `detect`: `scenes` (embedded) or `coco`.
         data_dir: Where the dataset lies.
         train_split: Split to train on.
         val_split: Split to score on; the test images.
@@ -161,7 +161,8 @@ class Config(Setup):
         search: How channels are chosen: `budget`, `threshold` or `none`; `auto`: `budget` for a supernet, else `none`.
         search_every: Rounds from one event at which channels die to the next.
         search_until: Share of the trunk after which the architecture is fixed.
-        budget: Share of the supernet's MACs that the architecture is left with, for `search: budget`.
+        budget: Share of the supernet's MACs that the architecture is left with, for `search: budget`; a head that is
+            put over the supernet is none of either.
         threshold: Gate magnitude below which a channel dies, for `search: threshold`.
         penalty: Weight of the gates' penalty during the search.
         penalty_warmup: Share of the trunk in which the penalty rises from zero.

@@ -94,10 +94,16 @@ def batches(loader: Any, steps: int, seed: int, device: torch.device | str = 'cp
         for owner in (loader.sampler, loader.dataset):
             if hasattr(owner, 'set_epoch'):
                 owner.set_epoch(epoch)
-        for batch in loader:
-            images, targets = send_to_device(batch, device)
-            yield (images.to(memory_format=CHANNELS_LAST) if isinstance(images, Tensor) else images), targets
+        for batch in on_device(loader, device):
+            yield batch
             left -= 1
             if not left:
                 return
         epoch += 1
+
+
+def on_device(loader: Any, device: torch.device | str) -> Iterator[tuple[Any, Any]]:
+    """A loader's batches on the device, images in the faster memory order unless they are a list."""
+    for batch in loader:
+        images, targets = send_to_device(batch, device)
+        yield (images.to(memory_format=CHANNELS_LAST) if isinstance(images, Tensor) else images), targets

@@ -7,16 +7,14 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
-from backbone import OnBackbone
 from config import Setup
-from data import CHANNELS_LAST, Data, check_splits, normalization, share
+from data import Data, check_splits, normalization, on_device, share
+from pixelnet import create_pixel_net, upsampled
 from pixels import IGNORE, READERS, collate_pixels, read_pixels, scoring, training
 from scenes import write_scenes
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, interpolate
+from torch.nn.functional import cross_entropy
 from torchmetrics.classification import MulticlassJaccardIndex
-from torchvision.ops import FeaturePyramidNetwork
 
 SCENES = 'output/scenes/cityscapes'  # where the embedded default is written
 HARD_AT_LEAST = 1 / 16  # of the pixels count, however well they are known
@@ -81,12 +79,8 @@ class Segmentation:
         return Data(*loaders, len(val), train.labels, len(train.labels), {**about, 'label_names': train.labels})
 
     def create_net(self, make: Callable[..., nn.Module], data: Data) -> nn.Module:
-        """A net of the hr space scores pixels by itself; any other model is given a head over its maps."""
-        net: Any = make(num_classes=data.num_classes)
-        arch = getattr(net, 'arch', None)
-        if arch is None or arch.space != 'hr':
-            return PixelNet(make(num_classes=0), data.num_classes, self.width)
-        return net if arch['task'] == 'dense' else net.with_dense_head(data.num_classes)
+        """A net that scores pixels."""
+        return create_pixel_net(make, data.num_classes, self.width)
 
     def loss(self, model: nn.Module, images: Tensor, masks: Tensor) -> Tensor:
         """Cross entropy of the pixels that count, or of the harder ones among them."""
@@ -103,7 +97,7 @@ class Segmentation:
         was_training = net.training
         net.eval()
         metric = MulticlassJaccardIndex(data.num_classes, ignore_index=IGNORE).to(accelerator.device)
-        for images, masks in send_to_device_each(data.val, accelerator.device):
+        for images, masks in on_device(data.val, accelerator.device):
             metric.update(self.predicted(net, images, masks.shape[-2:]).argmax(1), masks)
         net.train(was_training)
         return float(metric.compute())
@@ -117,39 +111,3 @@ class Segmentation:
             if self.flip:
                 total = total + upsampled(net(scaled.flip(-1)).flip(-1), size).softmax(1)
         return total / (len(self.scales) * (1 + self.flip))
-
-
-class PixelNet(OnBackbone):
-    """Scores of pixels from a feature pyramid over a backbone: its levels are summed at the finest.
-
-    Args:
-        backbone: Any model of timm that gives maps.
-        num_classes: Classes.
-        width: Channels of the pyramid.
-
-    Shape:
-        `(N, C, H, W)` to `(N, num_classes, H / r, W / r)`, r the reduction of the backbone's finest level from 4 on.
-    """
-
-    def __init__(self, backbone: nn.Module, num_classes: int, width: int) -> None:
-        super().__init__(backbone, 4, ('pyramid', 'classifier'))
-        self.pyramid = FeaturePyramidNetwork(self.channels, width, norm_layer=nn.BatchNorm2d)
-        self.classifier = nn.Conv2d(width, num_classes, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Scores."""
-        levels = list(self.pyramid({str(i): level for i, level in enumerate(self.maps(x))}).values())
-        size = levels[0].shape[-2:]
-        return self.classifier(sum(upsampled(level, size) for level in levels))
-
-
-def upsampled(maps: Tensor, size: Any) -> Tensor:
-    """Maps of another size, between pixels by straight lines."""
-    return maps if maps.shape[-2:] == size else interpolate(maps, list(size), mode='bilinear')
-
-
-def send_to_device_each(loader: Any, device: torch.device) -> Any:
-    """Batches on the device, images in the faster memory order."""
-    for batch in loader:
-        images, masks = send_to_device(batch, device)
-        yield images.to(memory_format=CHANNELS_LAST), masks

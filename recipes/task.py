@@ -7,6 +7,8 @@ from accelerate import Accelerator
 from classification import Classification
 from config import Setup
 from data import Data
+from detection import Detection
+from pose import Keypoints
 from segmentation import Segmentation
 from torch import Tensor, nn
 
@@ -30,7 +32,12 @@ class Task(Protocol):
         """How good the net is on the test images, which count once each."""
 
 
-TASKS: dict[str, Callable[..., Task]] = {'classify': Classification, 'segment': Segmentation}
+TASKS: dict[str, Callable[..., Task]] = {
+    'classify': Classification,
+    'segment': Segmentation,
+    'keypoints': Keypoints,
+    'detect': Detection,
+}
 
 
 def find_task(config: Setup) -> Task:

@@ -16,7 +16,7 @@ import plan
 import timm
 import torch
 from accelerate import Accelerator
-from backbone import ticket_part
+from backbone import searched_macs, ticket_part
 from config import Config, Setup, parse
 from data import Data, batches
 from pictures import draw_pictures
@@ -81,7 +81,7 @@ def main(argv: list[str]) -> None:
     state = start(config, net, Mask.dense(prunable(net)))
     if config.keep_initial:
         state.keep_initial()
-    supernet, supernet_macs = getattr(net, 'arch', None), model_cost(net, data.input_size).macs
+    supernet, supernet_macs = getattr(net, 'arch', None), searched_macs(net, model_cost(net, data.input_size))
     if path := find_checkpoint(config.resume, report.output):
         rows = state.load(accelerator, path)
         report.resume(rows, state.round * config.round_steps + state.drawn * config.cooldown_steps)
@@ -169,7 +169,7 @@ def create_net(config: Config, task: Task, data: Data) -> nn.Module:
 
     try:
         net = task.create_net(make, data)
-        what = f'model={config.model} does not take images of img_size={config.img_size}'
+        what = f'model={config.model} does not take images of {data.input_size[1]}x{data.input_size[2]}'
         model_cost(net, data.input_size)
     except Exception as error:  # what timm, a model or the Hub make of bad arguments is up to them
         raise ValueError(f'{what}: {" ".join(str(error).split())}') from error
@@ -286,7 +286,7 @@ def living_channels(run: Run, config: Config, state: State, budget: float) -> Ke
     if config.search == 'threshold':
         return select_by_threshold(groups, importance, config.threshold)
     cost = model_cost(state.net, run.data.input_size)
-    return select_by_budget(groups, importance, channel_macs(groups, cost), cost.macs, budget)
+    return select_by_budget(groups, importance, channel_macs(groups, cost), searched_macs(state.net, cost), budget)
 
 
 def pruned(config: Setup, state: State, sparsity: float) -> Mask:
@@ -365,7 +365,7 @@ def recalibrate(run: Run, net: nn.Module) -> None:
     if run.config.recalibrate:
         device = run.accelerator.device
         few = batches(run.data.train, run.config.recalibrate, run.config.seed, device)
-        update_bn((images for images, _ in few), net)
+        update_bn(([images] for images, _ in few), net)  # of a list, it takes the first item
         for name, buffer in net.named_buffers():
             if name.endswith(('running_mean', 'running_var')):
                 buffer.copy_(run.accelerator.reduce(buffer, reduction='mean'))

@@ -144,7 +144,7 @@ def test_images_are_normalised_as_the_pretrained_weights_had_them():
         (['model_args={widht: 2}'], "model=test_resnet with model_args={'widht': 2}.* cannot be made: .*widht"),
         (['model=supernet_mbv2_tiny', 'pretrained=true'], 'pretrained=True cannot be made: No pretrained weights'),
         (['model=test_resnet.nope', 'pretrained=true'], r'model=test_resnet.nope: Invalid pretrained tag'),
-        (['model=inception_v3'], 'model=inception_v3 does not take images of img_size=32: '),
+        (['model=inception_v3'], 'model=inception_v3 does not take images of 32x32: '),
         (['model=nf_resnet26'], 'model=nf_resnet26 has no weight that can be pruned'),
     ],
 )  # fmt: skip

@@ -38,7 +38,7 @@ torch.fx.wrap('check_size')
 KERNELS = (3, 5, 7)
 EXPAND_RATIO = 4
 HEADS = ('classify', 'dense')
-PIXEL_STD = 0.01
+PIXEL_STD = 0.001
 BATCH_NORM = partial(nn.BatchNorm2d, eps=1e-3)
 
 # (blocks per branch, channels per branch) per stage
