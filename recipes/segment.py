@@ -33,7 +33,7 @@ class Config(finetune.Config):
 
 def main(argv: list[str]) -> None:
     """Train with the mask held while the learning rate falls to zero; save; show what the net sees."""
-    config = parse(argv, Config, 'segment_scenes.yaml', 'segment.py')
+    config = parse(argv, Config, 'segment_ticket.yaml', 'segment.py')
     run, state = begin(config, command('segment.py', argv))
     rate = falling(config, state)
     while state.round < config.rounds:

@@ -1,8 +1,10 @@
 import copy
 import csv
 import json
+from dataclasses import fields
 from functools import partial
 
+import detect
 import pytest
 import timm
 import torch
@@ -18,9 +20,11 @@ from test_boxes import a_box, a_coco
 from test_pose import FEW, channels, evaluated, watched
 from torch import nn
 
-from timm_supertickets import Mask, load_ticket, prunable
+from timm_supertickets import Mask, Ticket, load_ticket, prunable
 from timm_supertickets.cost import model_cost
 from timm_supertickets.search.shrink import gate_, shrink
+from timm_supertickets.sparsity.prune import prune
+from timm_supertickets.sparsity.scores import magnitude
 
 PREFIX = 'backbone.'
 
@@ -250,7 +254,7 @@ def test_a_run_draws_a_ticket(scenes, tmp_path, monkeypatch):
     rows = list(csv.DictReader((output / 'summary.csv').read_text().splitlines()))
     assert [row['name'] for row in rows] == ['superticket_mbv2_s50', 'trunk', 'superticket_mbv2_s80', 'trunk']
     for row in rows:
-        assert 0 <= float(row['ap']) <= 1
+        assert 0 <= float(row['box_ap']) <= 1
     for name, sparsity in (('superticket_mbv2_s50', 0.5), ('superticket_mbv2_s80', 0.8)):
         ticket = load_ticket(output / name)
         net = ticket.build()
@@ -261,4 +265,22 @@ def test_a_run_draws_a_ticket(scenes, tmp_path, monkeypatch):
         }
         assert ticket.mask.total - ticket.mask.alive == round(sparsity * ticket.mask.total)
         assert ticket.mask.total == sum(weight.numel() for weight in prunable(net).values())
-        assert ticket.facts['ap'] == pytest.approx(next(float(row['ap']) for row in rows if row['name'] == name))
+        assert ticket.facts['box_ap'] == pytest.approx(
+            next(float(row['box_ap']) for row in rows if row['name'] == name)
+        )
+
+
+def test_a_ticket_is_put_to_work_with_its_mask_kept(scenes, tmp_path):
+    torch.manual_seed(0)
+    net = timm.create_model('supernet_mbv2_tiny', width=0.5)
+    drawn = Ticket.draw(net, prune(magnitude(net), 0.7))
+    drawn.save(tmp_path / 'drawn')
+    few = [arg for arg in FEW if arg.split('=')[0] in {field.name for field in fields(detect.Config)}]
+    where = ['dataset=coco', f'data_dir={scenes}', 'batch_size=2', f'output={tmp_path / "run"}']
+    detect.main([*few, *where, 'task_args={width: 16}', 'img_size=64', f'ticket={tmp_path / "drawn"}'])
+    ticket = load_ticket(tmp_path / 'run/superticket_mbv2_s70')
+    assert {name: alive.tolist() for name, alive in ticket.mask.items()} == {
+        name: alive.tolist() for name, alive in drawn.mask.items()
+    }
+    assert not torch.equal(ticket.weights['blocks.0.0.conv_pw.weight'], drawn.weights['blocks.0.0.conv_pw.weight'])
+    assert (tmp_path / 'run/predictions.png').read_bytes()[:4] == b'\x89PNG'

@@ -2,10 +2,12 @@ import contextlib
 import csv
 import io
 import json
+from dataclasses import fields
 from functools import partial
 from math import exp
 
 import coco
+import keypoints
 import pytest
 import torch
 import train
@@ -23,7 +25,9 @@ from test_boxes import quiet_coco
 from test_joints import ORDER, a_coco, a_person
 from torch import nn
 
-from timm_supertickets import load_ticket, prunable
+from timm_supertickets import Ticket, load_ticket, prunable
+from timm_supertickets.sparsity.prune import prune
+from timm_supertickets.sparsity.scores import magnitude
 
 CROP = [96, 72]
 FEW = ['rounds=2', 'round_steps=1', 'cooldown_steps=1', 'warmup_steps=0', 'recalibrate=1', 'threads=1']  # four steps
@@ -265,7 +269,7 @@ def test_a_run_draws_a_ticket(scenes, tmp_path, monkeypatch):
     rows = list(csv.DictReader((output / 'summary.csv').read_text().splitlines()))
     assert [row['name'] for row in rows] == ['superticket_hr_s50', 'trunk', 'superticket_hr_s80', 'trunk']
     for row in rows:
-        assert 0 <= float(row['ap']) <= 1
+        assert 0 <= float(row['keypoint_ap']) <= 1
     for name, sparsity in (('superticket_hr_s50', 0.5), ('superticket_hr_s80', 0.8)):
         ticket = load_ticket(output / name)
         net = ticket.build()
@@ -277,4 +281,22 @@ def test_a_run_draws_a_ticket(scenes, tmp_path, monkeypatch):
         }
         assert ticket.mask.total - ticket.mask.alive == round(sparsity * ticket.mask.total)
         assert ticket.mask.total == sum(weight.numel() for weight in prunable(net).values())
-        assert ticket.facts['ap'] == pytest.approx(next(float(row['ap']) for row in rows if row['name'] == name))
+        assert ticket.facts['keypoint_ap'] == pytest.approx(
+            next(float(row['keypoint_ap']) for row in rows if row['name'] == name)
+        )
+
+
+def test_a_ticket_is_put_to_work_with_its_mask_kept(scenes, tmp_path):
+    torch.manual_seed(0)
+    net = timm.create_model('supernet_mbv2_tiny', width=0.5)
+    drawn = Ticket.draw(net, prune(magnitude(net), 0.7))
+    drawn.save(tmp_path / 'drawn')
+    few = [arg for arg in FEW if arg.split('=')[0] in {field.name for field in fields(keypoints.Config)}]
+    where = ['dataset=coco', f'data_dir={scenes}', 'batch_size=2', f'output={tmp_path / "run"}']
+    keypoints.main([*few, *where, 'task_args={crop: [48, 36]}', f'ticket={tmp_path / "drawn"}'])
+    ticket = load_ticket(tmp_path / 'run/superticket_mbv2_s70')
+    assert {name: alive.tolist() for name, alive in ticket.mask.items()} == {
+        name: alive.tolist() for name, alive in drawn.mask.items()
+    }
+    assert not torch.equal(ticket.weights['blocks.0.0.conv_pw.weight'], drawn.weights['blocks.0.0.conv_pw.weight'])
+    assert (tmp_path / 'run/predictions.png').read_bytes()[:4] == b'\x89PNG'
