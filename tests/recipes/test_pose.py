@@ -9,6 +9,7 @@ from math import exp
 import coco
 import keypoints
 import pytest
+import timm
 import torch
 import train
 from accelerate import Accelerator
