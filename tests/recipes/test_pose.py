@@ -1,11 +1,14 @@
 import contextlib
+import copy
 import csv
 import io
 import json
 from functools import partial
 from math import exp
+from types import SimpleNamespace
 
 import coco
+import pose
 import pytest
 import torch
 import train
@@ -175,6 +178,23 @@ def test_a_net_that_knows_the_heat_maps_scores_as_cocos_evaluator_says(tmp_path,
     assert found == pytest.approx(evaluated(persons.coco.path, expected, tmp_path))
     assert found > 0.5
     assert net.training
+
+
+def test_every_person_counts_once_on_any_processes(scenes, accelerator, monkeypatch):
+    task = a_task(scenes)
+    data = task.create_data(accelerator)
+    net = Knowing(data.val.dataset.dataset)
+    whole = task.score(net, data, accelerator)
+    parts = []
+    monkeypatch.setattr(pose, 'gather_object', lambda found: parts.append(copy.deepcopy(found)) or found)
+    for i in range(2):
+        one = SimpleNamespace(num_processes=2, process_index=i, device='cpu')
+        task.score(net, task.create_data(one), one)
+    numbers = [[person['id'] for person in part] for part in parts]
+    assert all(numbers)
+    assert sorted([*numbers[0], *numbers[1]]) == sorted(one['id'].item() for one in data.val.dataset)
+    monkeypatch.setattr(pose, 'gather_object', lambda found: parts[1] + parts[0])
+    assert task.score(net, data, accelerator) == whole
 
 
 def test_coarser_maps_are_read_at_the_stride_of_the_targets(scenes, accelerator):
