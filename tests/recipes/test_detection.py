@@ -3,8 +3,10 @@ import csv
 import json
 from dataclasses import fields
 from functools import partial
+from types import SimpleNamespace
 
 import detect
+import detection
 import pytest
 import timm
 import torch
@@ -114,6 +116,23 @@ def test_a_net_that_knows_the_boxes_scores_as_cocos_evaluator_says(tmp_path, sce
     assert found == pytest.approx(evaluated(boxes.coco.path, expected, tmp_path, 'bbox'))
     assert found == pytest.approx(1) if moved == 0 else 0.2 < found < 0.99
     assert net.training
+
+
+def test_every_image_counts_once_on_any_processes(scenes, accelerator, monkeypatch):
+    task = a_task(scenes)
+    data = task.create_data(accelerator)
+    net = Knowing(data.val.dataset.dataset, 2.0)
+    whole = task.score(net, data, accelerator)
+    parts = []
+    monkeypatch.setattr(detection, 'gather_object', lambda found: parts.append(copy.deepcopy(found)) or found)
+    for i in range(2):
+        one = SimpleNamespace(num_processes=2, process_index=i, device='cpu')
+        task.score(net, task.create_data(one), one)
+    numbers = [{box['image_id'] for box in part} for part in parts]
+    assert [len(part) for part in numbers] == [2, 2]
+    assert not numbers[0] & numbers[1]
+    monkeypatch.setattr(detection, 'gather_object', lambda found: parts[1] + parts[0])
+    assert task.score(net, data, accelerator) == whole
 
 
 @pytest.mark.parametrize('detector', DETECTORS)
@@ -259,7 +278,7 @@ def test_a_run_draws_a_ticket(scenes, tmp_path, monkeypatch):
         ticket = load_ticket(output / name)
         net = ticket.build()
         assert net.num_classes == 0
-        assert channels(ticket.arch) < channels(net.supernet_arch)
+        assert channels(ticket.arch) < channels(net.supernet_arch())
         assert {PREFIX + key: alive.tolist() for key, alive in ticket.mask.items()} == {
             key: alive.tolist() for key, alive in masks[name].items()
         }

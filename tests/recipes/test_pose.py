@@ -1,13 +1,16 @@
 import contextlib
+import copy
 import csv
 import io
 import json
 from dataclasses import fields
 from functools import partial
 from math import exp
+from types import SimpleNamespace
 
 import coco
 import keypoints
+import pose
 import pytest
 import timm
 import torch
@@ -182,6 +185,23 @@ def test_a_net_that_knows_the_heat_maps_scores_as_cocos_evaluator_says(tmp_path,
     assert net.training
 
 
+def test_every_person_counts_once_on_any_processes(scenes, accelerator, monkeypatch):
+    task = a_task(scenes)
+    data = task.create_data(accelerator)
+    net = Knowing(data.val.dataset.dataset)
+    whole = task.score(net, data, accelerator)
+    parts = []
+    monkeypatch.setattr(pose, 'gather_object', lambda found: parts.append(copy.deepcopy(found)) or found)
+    for i in range(2):
+        one = SimpleNamespace(num_processes=2, process_index=i, device='cpu')
+        task.score(net, task.create_data(one), one)
+    numbers = [[person['id'] for person in part] for part in parts]
+    assert all(numbers)
+    assert sorted([*numbers[0], *numbers[1]]) == sorted(one['id'].item() for one in data.val.dataset)
+    monkeypatch.setattr(pose, 'gather_object', lambda found: parts[1] + parts[0])
+    assert task.score(net, data, accelerator) == whole
+
+
 def test_coarser_maps_are_read_at_the_stride_of_the_targets(scenes, accelerator):
     task = a_task(scenes, flip=False)
     data = task.create_data(accelerator)
@@ -276,7 +296,7 @@ def test_a_run_draws_a_ticket(scenes, tmp_path, monkeypatch):
         net = ticket.build()
         assert net(torch.zeros(1, 3, 48, 36)).shape == (1, 17, 12, 9)
         assert ticket.arch['task'] == 'dense'
-        assert channels(ticket.arch) < channels(net.supernet_arch)
+        assert channels(ticket.arch) < channels(net.supernet_arch())
         assert {key: alive.tolist() for key, alive in ticket.mask.items()} == {
             key: alive.tolist() for key, alive in masks[name].items()
         }
