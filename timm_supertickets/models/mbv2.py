@@ -188,7 +188,6 @@ class MixedMobileNetV2(EfficientNet):
             if kernels
         )
 
-    @property
     def supernet_arch(self) -> Arch:
         """The supernet that this net is a member of."""
         return largest(self.arch)
