@@ -10,9 +10,10 @@ from accelerate import Accelerator
 from backbone import PREFIX, OnBackbone, ticket_part
 from config import Config
 from PIL import Image
+from pixelnet import PixelNet, upsampled
 from pixels import IGNORE
 from scenes import write_scenes
-from segmentation import PixelNet, Segmentation, upsampled
+from segmentation import Segmentation
 from torch import nn
 
 from timm_supertickets import Mask, Ticket, load_ticket, prunable
