@@ -28,8 +28,8 @@ import finetune
 import timm
 import torch
 import train
-from config import CONFIGS, Setup, parse
-from report import TRUNK
+from parts.config import CONFIGS, Setup, parse
+from parts.report import TRUNK
 
 import timm_supertickets
 from timm_supertickets import prunable

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import finetune
 import torch
-from config import parse
 from finetune import begin, falling, finish
-from report import TRUNK
-from state import State
+from parts.config import parse
+from parts.report import TRUNK
+from parts.state import State
 from train import Run, command, measure, train
 
 from timm_supertickets.pictures import DPI, create_figure

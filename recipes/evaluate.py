@@ -7,8 +7,8 @@ import sys
 from dataclasses import dataclass, replace
 
 from accelerate import Accelerator
-from classification import create_data, top1
-from config import Setup, parse
+from parts.classification import create_data, top1
+from parts.config import Setup, parse
 from rich.console import Console
 from train import create_accelerator
 

@@ -10,13 +10,13 @@ from typing import Any, Literal
 
 import timm
 import torch
-from backbone import PREFIX, OnBackbone
-from config import Setup, parse
-from data import Data
-from distillation import Distilled, find_teacher
-from report import TRUNK, Report
-from state import State, find_checkpoint
-from task import Task, find_task
+from parts.backbone import PREFIX, OnBackbone
+from parts.config import Setup, parse
+from parts.data import Data
+from parts.distillation import Distilled, find_teacher
+from parts.report import TRUNK, Report
+from parts.state import State, find_checkpoint
+from parts.task import Task, find_task
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 from train import Run, command, create_accelerator, measure, pruned, save_ticket, start, train

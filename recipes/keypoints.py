@@ -9,12 +9,12 @@ from pathlib import Path
 
 import finetune
 import torch
-from config import parse
 from finetune import begin, falling, finish
-from heatmaps import decode
-from pose import Keypoints
-from report import TRUNK
-from state import State
+from parts.config import parse
+from parts.heatmaps import decode
+from parts.pose import Keypoints
+from parts.report import TRUNK
+from parts.state import State
 from train import Run, command, measure, train
 
 from timm_supertickets.pictures import DPI, create_figure

@@ -11,9 +11,9 @@ from typing import Any
 
 import yaml
 from accelerate import Accelerator
-from config import Config as TrainConfig
-from config import parse
 from evaluate import score
+from parts.config import Config as TrainConfig
+from parts.config import parse
 from train import create_accelerator
 
 from timm_supertickets import Ticket, load_ticket

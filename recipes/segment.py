@@ -9,12 +9,12 @@ from pathlib import Path
 
 import finetune
 import torch
-from config import parse
 from finetune import begin, falling, finish
-from pixels import IGNORE
-from report import TRUNK
-from segmentation import Segmentation
-from state import State
+from parts.config import parse
+from parts.pixels import IGNORE
+from parts.report import TRUNK
+from parts.segmentation import Segmentation
+from parts.state import State
 from train import Run, command, measure, train
 
 from timm_supertickets.pictures import DPI, create_figure

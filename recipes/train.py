@@ -12,17 +12,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import plan
 import timm
 import torch
 from accelerate import Accelerator
-from backbone import searched_macs, ticket_part
-from config import Config, Setup, parse
-from data import Data, batches
-from pictures import draw_pictures
-from report import TRUNK, Report
-from state import State, find_checkpoint
-from task import Task, find_task
+from parts import plan
+from parts.backbone import searched_macs, ticket_part
+from parts.config import Config, Setup, parse
+from parts.data import Data, batches
+from parts.pictures import draw_pictures
+from parts.report import TRUNK, Report
+from parts.state import State, find_checkpoint
+from parts.task import Task, find_task
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler, StepLRScheduler
 from timm.utils import ModelEmaV3

@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from boxes import Boxes, collate_boxes, training
-from coco import coco_paths, read_coco
-from joints import Joints
+from parts.boxes import Boxes, collate_boxes, training
+from parts.coco import coco_paths, read_coco
+from parts.joints import Joints
+from parts.scenes import PERSON, write_scenes
 from PIL import Image
 from pycocotools.coco import COCO
-from scenes import PERSON, write_scenes
 
 
 def a_box(number, image_id=7, box=(1, 2, 4, 3), category=90, crowd=0, **more):

@@ -5,7 +5,7 @@ import compare
 import finetune
 import pytest
 import yaml
-from config import CONFIGS, Config, parse
+from parts.config import CONFIGS, Config, parse
 
 KINDS = {'finetune': finetune.Config, 'compare': compare.Config}
 

@@ -6,18 +6,18 @@ from functools import partial
 from types import SimpleNamespace
 
 import detect
-import detection
 import pytest
 import timm
 import torch
 import train
 from accelerate import Accelerator
-from ap import average_precision
-from backbone import searched_macs, ticket_part
-from config import Config
-from data import batches
-from detection import DETECTORS, BoxNet, Detection, results
-from scenes import write_scenes
+from parts import detection
+from parts.ap import average_precision
+from parts.backbone import searched_macs, ticket_part
+from parts.config import Config
+from parts.data import batches
+from parts.detection import DETECTORS, BoxNet, Detection, results
+from parts.scenes import write_scenes
 from test_boxes import a_box, a_coco
 from test_pose import FEW, channels, evaluated, watched
 from torch import nn

@@ -4,9 +4,9 @@ import finetune
 import pytest
 import timm
 import torch
-from classification import Classification
-from config import Config
-from distillation import Distilled, Renormalised, find_teacher
+from parts.classification import Classification
+from parts.config import Config
+from parts.distillation import Distilled, Renormalised, find_teacher
 from torch import nn
 
 from timm_supertickets import Ticket, load_ticket

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from heatmaps import decode, flip_mean, render
+from parts.heatmaps import decode, flip_mean, render
 
 
 def test_targets_against_a_plain_double_loop():

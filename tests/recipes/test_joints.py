@@ -3,10 +3,10 @@ import json
 import numpy as np
 import pytest
 import torch
-from coco import coco_paths
-from joints import Joints, crop_matrix, flip_order, to_image
+from parts.coco import coco_paths
+from parts.joints import Joints, crop_matrix, flip_order, to_image
+from parts.scenes import PERSON, write_scenes
 from PIL import Image
-from scenes import PERSON, write_scenes
 from test_boxes import a_box, a_coco, quiet_coco
 
 ORDER = [0, 2, 1, 4, 3, 6, 5, 8, 7, 10, 9, 12, 11, 14, 13, 16, 15]

@@ -2,9 +2,9 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from parts.pixels import IGNORE, RandomScale, collate_pixels, read_pixels, scoring, training
+from parts.scenes import write_scenes
 from PIL import Image
-from pixels import IGNORE, RandomScale, collate_pixels, read_pixels, scoring, training
-from scenes import write_scenes
 from torchvision import tv_tensors
 
 MASK = np.array([[0, 1, 2], [2, 1, 255]], np.uint8)

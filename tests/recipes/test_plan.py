@@ -1,6 +1,6 @@
-import plan
 import pytest
-from config import Config
+from parts import plan
+from parts.config import Config
 
 
 def test_trunk_passes_every_target_once():

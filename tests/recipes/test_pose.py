@@ -8,23 +8,22 @@ from functools import partial
 from math import exp
 from types import SimpleNamespace
 
-import coco
 import keypoints
-import pose
 import pytest
 import timm
 import torch
 import train
 from accelerate import Accelerator
-from ap import average_precision
-from coco import coco_paths
-from config import Config
-from heatmaps import decode, render
-from joints import Joints, to_image
-from pixelnet import PixelNet
-from pose import Keypoints, collate_joints, results
+from parts import coco, pose
+from parts.ap import average_precision
+from parts.coco import coco_paths
+from parts.config import Config
+from parts.heatmaps import decode, render
+from parts.joints import Joints, to_image
+from parts.pixelnet import PixelNet
+from parts.pose import Keypoints, collate_joints, results
+from parts.scenes import write_scenes
 from pycocotools.cocoeval import COCOeval
-from scenes import write_scenes
 from test_boxes import quiet_coco
 from test_joints import ORDER, a_coco, a_person
 from torch import nn

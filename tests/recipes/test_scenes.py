@@ -5,14 +5,14 @@ import json
 
 import numpy as np
 import pytest
-import scenes
-from classification import Pictures
-from coco import coco_paths, read_coco
+from parts import scenes
+from parts.classification import Pictures
+from parts.coco import coco_paths, read_coco
+from parts.pixels import read_pixels
+from parts.scenes import compose, run_lengths, seventeen_points, write_scenes
 from PIL import Image
-from pixels import read_pixels
 from pycocotools import mask as pymask
 from pycocotools.coco import COCO
-from scenes import compose, run_lengths, seventeen_points, write_scenes
 from test_data import fake_fashion
 
 SMALL = {'train': 4, 'val': 2, 'size': (48, 64)}

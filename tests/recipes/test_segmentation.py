@@ -7,13 +7,13 @@ import timm
 import torch
 import train
 from accelerate import Accelerator
-from backbone import PREFIX, OnBackbone, ticket_part
-from config import Config
+from parts.backbone import PREFIX, OnBackbone, ticket_part
+from parts.config import Config
+from parts.pixelnet import PixelNet, upsampled
+from parts.pixels import IGNORE
+from parts.scenes import write_scenes
+from parts.segmentation import Segmentation
 from PIL import Image
-from pixelnet import PixelNet, upsampled
-from pixels import IGNORE
-from scenes import write_scenes
-from segmentation import Segmentation
 from torch import nn
 
 from timm_supertickets import Mask, Ticket, load_ticket, prunable

@@ -12,7 +12,7 @@ import timm
 import torch
 import train
 from matplotlib import image
-from state import State
+from parts.state import State
 
 from timm_supertickets import load_ticket, prunable
 
@@ -72,8 +72,8 @@ def test_sparsity_is_exact_everywhere(smoke, tmp_path, name, sparsity):
 def test_a_ticket_scores_what_its_facts_say(smoke):
     ticket = load_ticket(smoke[0] / 'superticket_mbv2_s50')
     from accelerate import Accelerator
-    from classification import create_data, top1
-    from config import Config
+    from parts.classification import create_data, top1
+    from parts.config import Config
 
     accelerator = Accelerator()
     assert top1(ticket.build(), create_data(Config(), accelerator), accelerator) == ticket.facts['top1']

@@ -10,7 +10,7 @@ import timm
 import torch
 import train
 import yaml
-from classification import create_data
+from parts.classification import create_data
 
 from timm_supertickets import load_ticket, prunable
 
@@ -123,7 +123,7 @@ def test_pretrained_weights_are_where_training_starts(whole, tmp_path, monkeypat
 
 def test_images_are_normalised_as_the_pretrained_weights_had_them():
     from accelerate import Accelerator
-    from config import parse
+    from parts.config import parse
 
     known = timm.get_pretrained_cfg('resnet18')
     grey = ['pretrained=true', 'in_chans=1']

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from coco import read_coco
 from numpy.typing import NDArray
+from parts.coco import read_coco
 from PIL import Image
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from torch import Tensor

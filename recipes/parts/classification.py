@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from accelerate import Accelerator
-from config import Setup
-from data import CHANNELS_LAST, Data, check_splits, normalization
 from numpy.typing import NDArray
+from parts.config import Setup
+from parts.data import CHANNELS_LAST, Data, check_splits, normalization
 from PIL import Image
 from timm.data import create_dataset, create_loader
 from torch import Tensor, nn

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from accelerate import Accelerator
-from config import Setup
-from faults import refuse
+from parts.config import Setup
+from parts.faults import refuse
+from parts.scenes import write_scenes
 from PIL import Image
-from scenes import write_scenes
 
 FIELDS = {
     'images': ('id', 'file_name', 'width', 'height'),

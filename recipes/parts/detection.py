@@ -8,12 +8,12 @@ from typing import Any, ClassVar
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from ap import average_precision
-from backbone import OnBackbone
-from boxes import Boxes, Target, collate_boxes, training
-from coco import coco_folder, coco_paths
-from config import Setup
-from data import CHANNELS_LAST, Data, check_splits, normalization, on_device, share
+from parts.ap import average_precision
+from parts.backbone import OnBackbone
+from parts.boxes import Boxes, Target, collate_boxes, training
+from parts.coco import coco_folder, coco_paths
+from parts.config import Setup
+from parts.data import CHANNELS_LAST, Data, check_splits, normalization, on_device, share
 from torch import Tensor, nn
 from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from classification import FASHION_MNIST, FASHION_MNIST_LABELS, digits, idx_split
 from numpy.typing import NDArray
+from parts.classification import FASHION_MNIST, FASHION_MNIST_LABELS, digits, idx_split
 from PIL import Image
 
 Layout = Literal['cityscapes', 'ade20k', 'coco']

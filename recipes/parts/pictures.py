@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from report import TRUNK
+from parts.report import TRUNK
 
 from timm_supertickets import Arch, load_ticket
 from timm_supertickets.pictures import DPI, create_figure, draw_density, draw_kernels

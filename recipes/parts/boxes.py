@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from coco import read_coco
+from parts.coco import read_coco
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors

@@ -1,6 +1,6 @@
 """Plan: what a configuration says for a step of the trunk. Pure numbers."""
 
-from config import Config
+from parts.config import Config
 
 from timm_supertickets.sparsity import schedule
 

@@ -3,9 +3,9 @@ import gzip
 import numpy as np
 import pytest
 from accelerate import Accelerator
-from classification import create_data
-from config import Config
-from data import batches
+from parts.classification import create_data
+from parts.config import Config
+from parts.data import batches
 from PIL import Image
 from sklearn.datasets import load_digits
 

@@ -7,13 +7,13 @@ from typing import Any, ClassVar
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from ap import average_precision
-from coco import coco_folder, coco_paths
-from config import Setup
-from data import Data, check_splits, normalization, on_device, share
-from heatmaps import SIGMA, STRIDE, decode, flip_mean, render
-from joints import Joints, to_image
-from pixelnet import create_pixel_net, upsampled
+from parts.ap import average_precision
+from parts.coco import coco_folder, coco_paths
+from parts.config import Setup
+from parts.data import Data, check_splits, normalization, on_device, share
+from parts.heatmaps import SIGMA, STRIDE, decode, flip_mean, render
+from parts.joints import Joints, to_image
+from parts.pixelnet import create_pixel_net, upsampled
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from faults import refuse
 from numpy.typing import NDArray
+from parts.faults import refuse
 from PIL import Image
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from torch import Tensor

@@ -7,8 +7,8 @@ from typing import Any
 import timm
 import torch
 from accelerate import Accelerator
-from data import Data
-from task import Task
+from parts.data import Data
+from parts.task import Task
 from torch import Tensor, nn
 from torch.nn.functional import kl_div
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-CONFIGS = Path(__file__).parent / 'configs'
+CONFIGS = Path(__file__).parents[1] / 'configs'
 
 
 @dataclass

@@ -4,12 +4,12 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from accelerate import Accelerator
-from classification import Classification
-from config import Setup
-from data import Data
-from detection import Detection
-from pose import Keypoints
-from segmentation import Segmentation
+from parts.classification import Classification
+from parts.config import Setup
+from parts.data import Data
+from parts.detection import Detection
+from parts.pose import Keypoints
+from parts.segmentation import Segmentation
 from torch import Tensor, nn
 
 

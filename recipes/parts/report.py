@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from config import Setup
+from parts.config import Setup
+from parts.state import find_checkpoint
 from rich.console import Console
 from rich.table import Table
-from state import find_checkpoint
 from tqdm import tqdm
 
 from timm_supertickets.files import write_atomic

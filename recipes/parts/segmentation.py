@@ -7,11 +7,11 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
-from config import Setup
-from data import Data, check_splits, normalization, on_device, share
-from pixelnet import create_pixel_net, upsampled
-from pixels import IGNORE, READERS, collate_pixels, read_pixels, scoring, training
-from scenes import write_scenes
+from parts.config import Setup
+from parts.data import Data, check_splits, normalization, on_device, share
+from parts.pixelnet import create_pixel_net, upsampled
+from parts.pixels import IGNORE, READERS, collate_pixels, read_pixels, scoring, training
+from parts.scenes import write_scenes
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchmetrics.classification import MulticlassJaccardIndex

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from backbone import OnBackbone
+from parts.backbone import OnBackbone
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from torchvision.ops import FeaturePyramidNetwork
