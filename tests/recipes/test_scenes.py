@@ -59,7 +59,7 @@ def test_layouts_do_not_show_the_same_scenes(tmp_path):
 def test_the_test_split_shows_held_out_scans_only(tmp_path, monkeypatch):
     whole = np.full((6, 8, 8), 255, np.uint8)
     splits = [Pictures(whole, np.array([0, 1, 2] * 2), 'L'), Pictures(whole, np.array([7, 8, 9] * 2), 'L')]
-    monkeypatch.setattr(scenes, '_digits', lambda mode: (*splits, list('0123456789')))
+    monkeypatch.setattr(scenes, 'digits', lambda mode: (*splits, list('0123456789')))
     folder = write_scenes(tmp_path / 'x', 'ade20k', train=20, val=20)
     for split, labels in (('train', {0, 1, 2}), ('val', {7, 8, 9})):
         data = read_pixels('ade20k', folder, split)
