@@ -13,7 +13,7 @@ from parts.scenes import compose, run_lengths, seventeen_points, write_scenes
 from PIL import Image
 from pycocotools import mask as pymask
 from pycocotools.coco import COCO
-from test_data import fake_fashion
+from test_classification import fake_fashion
 
 SMALL = {'train': 4, 'val': 2, 'size': (48, 64)}
 
