@@ -6,6 +6,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import timm
+
+from timm_supertickets import load_ticket
 
 ROOT = Path(__file__).parents[1]
 
@@ -16,6 +19,8 @@ model = timm.create_model('supernet_mbv2_tiny', num_classes=3)
 print(sum(p.numel() for p in model.parameters()) > 0, len(timm.list_models('*mbv2*')) >= 3)
 from timm_supertickets import Mask, Ticket, card, prunable
 ticket = Ticket.draw(model, Mask.dense(prunable(model)), facts={'dataset': 'digits'})
+ready = timm.create_model('superticket_mbv2_s90', pretrained=True)
+print(ready.pretrained_cfg['file'], sum(int((p == 0).sum()) for p in ready.parameters()))
 print('CC BY 4.0' in card.render(card.gather_facts(ticket, 'installed')))
 """
 
@@ -37,6 +42,8 @@ def test_wheel_holds_the_package_its_types_and_its_licence_and_nothing_else(whee
     modules = {str(p.relative_to(ROOT)) for p in (ROOT / 'timm_supertickets').rglob('*.py')}
     assert modules <= set(names)
     data = {'timm_supertickets/py.typed', *(f'timm_supertickets/hub_cards/{n}' for n in ('TEMPLATE.md', 'DATA.yaml'))}
+    tickets = [f'timm_supertickets/tickets/{name}' for name in timm.list_models('superticket*', pretrained=True)]
+    data |= {f'{ticket}/{name}' for ticket in tickets for name in ('config.json', 'ticket.safetensors')}
     assert data == {name for name in names if '.dist-info/' not in name} - modules
     assert any(name.endswith('LICENSE') for name in names)
     assert all(name.startswith('timm_supertickets') for name in names)
@@ -46,10 +53,13 @@ def test_model_is_created_from_the_installed_wheel(wheel, tmp_path):
     site = tmp_path / 'site'
     pip = [sys.executable, '-m', 'pip', 'install', '--quiet', '--no-deps', '--target', str(site), str(wheel)]
     subprocess.run(pip, check=True, capture_output=True)
-    env = {**os.environ, 'PYTHONPATH': str(site)}
+    env = {**os.environ, 'PYTHONPATH': str(site), 'HF_HUB_OFFLINE': '1'}
     run = subprocess.run(
         [sys.executable, '-c', CREATE], cwd=tmp_path, env=env, check=True, capture_output=True, text=True
     )
-    file, created, rendered = run.stdout.split('\n')[:3]
-    assert file.startswith(str(site))
+    file, created, ready, rendered = run.stdout.split('\n')[:4]
+    weights, zeros = ready.split()
+    mask = load_ticket('superticket_mbv2_s90').mask
+    assert all(path.startswith(str(site)) for path in (file, weights))
+    assert int(zeros) >= mask.total - mask.alive
     assert (created, rendered) == ('True True', 'True')

@@ -280,7 +280,7 @@ def _derived(ticket: Ticket, supernet: Any) -> dict[str, Any]:
     if ticket.arch is not None:
         found['space'] = ticket.arch.space
         found['kernels'] = sorted({kernel for block in ticket.arch.blocks for kernel, _ in block})
-        found['blocks'] = _blocks(ticket, model, model.supernet_arch if supernet else None)
+        found['blocks'] = _blocks(ticket, model, model.supernet_arch() if supernet else None)
     return {key: value for key, value in found.items() if value not in (None, [])}
 
 
@@ -347,7 +347,7 @@ def _draw(folder: Path, prefix: str, ticket: Ticket, facts: Mapping[str, Any]) -
     drawn = {}
     if ticket.arch is not None:
         drawn['kernels'] = f'{prefix}kernels.png'
-        supernet = _meta_model(ticket).supernet_arch if 'supernet' in facts else None
+        supernet = _meta_model(ticket).supernet_arch() if 'supernet' in facts else None
         draw_kernels(folder / drawn['kernels'], {facts['name']: ticket.arch}, supernet)
     if ticket.mask:
         drawn['density'] = f'{prefix}density.png'

@@ -32,13 +32,17 @@ def describe(**changes: Any) -> dict[str, Any]:
 
 
 def released(name: str) -> dict[str, Any]:
-    """The `pretrained_cfg` of a ticket that travels with the package.
+    """The `pretrained_cfg` of a ticket that travels with the package; without weights as long as it does not.
 
     Args:
         name: `MODEL.TAG`, its folder in `tickets/`.
     """
-    cfg = read_json(TICKETS / name / 'config.json')['pretrained_cfg']
-    return describe(file=str(TICKETS / name / cfg.pop('hf_hub_filename')), **cfg)
+    folder = TICKETS / name
+    if not folder.is_dir():
+        return describe()
+    cfg = read_json(folder / 'config.json')['pretrained_cfg']
+    cfg = {key: tuple(value) if isinstance(value, list) else value for key, value in cfg.items()}
+    return describe(file=str(folder / cfg.pop('hf_hub_filename')), **cfg)
 
 
 def member(supernet: Arch, blocks: Sequence[Mapping[int, int]]) -> Arch:

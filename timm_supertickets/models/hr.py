@@ -353,7 +353,6 @@ class MixedHRNet(nn.Module):
                 groups.append(token_group(place.tokens, index, self.arch.tokens[index]))
         return tuple(groups)
 
-    @property
     def supernet_arch(self) -> Arch:
         """The supernet that this net is a member of."""
         return largest(self.arch)

@@ -32,7 +32,9 @@ from .build import (
     check_size,
     create,
     describe,
+    member,
     positive,
+    released,
 )
 
 torch.fx.wrap('check_size')
@@ -45,6 +47,19 @@ Stages = tuple[tuple[int, int, int], ...]
 # (channels, blocks, stride of the first block) per stage
 FULL: Stages = ((16, 1, 1), (24, 2, 2), (32, 3, 2), (64, 4, 2), (96, 3, 1), (160, 3, 2), (320, 1, 1))
 TINY: Stages = ((8, 1, 1), (16, 2, 2), (16, 2, 2), (24, 2, 2), (32, 2, 2))
+
+# What a search on Fashion-MNIST left of supernet_mbv2_tiny(width=2.0): hidden channels by kernel size, block by block.
+FASHION_MNIST = (
+    {3: 41, 5: 9},
+    {3: 54, 5: 53, 7: 48},
+    {3: 126, 5: 127, 7: 125},
+    {3: 127, 5: 125, 7: 126},
+    {3: 128, 5: 128, 7: 128},
+    {3: 128, 5: 128, 7: 128},
+    {3: 192, 5: 192, 7: 192},
+    {3: 192, 5: 192, 7: 192},
+    {3: 256, 5: 256, 7: 256},
+)
 
 
 class MixedMobileNetV2(EfficientNet):
@@ -173,7 +188,6 @@ class MixedMobileNetV2(EfficientNet):
             if kernels
         )
 
-    @property
     def supernet_arch(self) -> Arch:
         """The supernet that this net is a member of."""
         return largest(self.arch)
@@ -263,6 +277,9 @@ default_cfgs = generate_default_cfgs(
             input_size=(3, 32, 32), pool_size=(1, 1), crop_pct=1.0, num_classes=10
         ),
         'superticket_mbv2.untrained': describe(),
+        'superticket_mbv2_s50.st_fmnist': released('superticket_mbv2_s50.st_fmnist'),
+        'superticket_mbv2_s80.st_fmnist': released('superticket_mbv2_s80.st_fmnist'),
+        'superticket_mbv2_s90.st_fmnist': released('superticket_mbv2_s90.st_fmnist'),
     }
 )
 
@@ -288,3 +305,25 @@ def supernet_mbv2_tiny(pretrained: bool = False, width: float = 1.0, **kwargs: A
 def superticket_mbv2(pretrained: bool = False, arch: Any = None, **kwargs: Any) -> MixedMobileNetV2:
     """Any member of the mbv2 space; `arch` is an `Arch` or its JSON form, by default the largest member."""
     return _create('superticket_mbv2', pretrained, arch=full_arch(FULL, 32, 1280) if arch is None else arch, **kwargs)
+
+
+def _found() -> Arch:
+    return member(full_arch(TINY, 16, 128, 2.0), FASHION_MNIST)
+
+
+@register_model
+def superticket_mbv2_s50(pretrained: bool = False, **kwargs: Any) -> MixedMobileNetV2:
+    """A member of the mbv2 space for 32x32 images; with pretrained weights, half of the prunable ones are zero."""
+    return _create('superticket_mbv2_s50', pretrained, arch=_found(), **kwargs)
+
+
+@register_model
+def superticket_mbv2_s80(pretrained: bool = False, **kwargs: Any) -> MixedMobileNetV2:
+    """The member of `superticket_mbv2_s50`, drawn later in the same run: 80 % of the prunable weights are zero."""
+    return _create('superticket_mbv2_s80', pretrained, arch=_found(), **kwargs)
+
+
+@register_model
+def superticket_mbv2_s90(pretrained: bool = False, **kwargs: Any) -> MixedMobileNetV2:
+    """The member of `superticket_mbv2_s50`, drawn later in the same run: 90 % of the prunable weights are zero."""
+    return _create('superticket_mbv2_s90', pretrained, arch=_found(), **kwargs)
