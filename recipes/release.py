@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from evaluate import score
 from parts.config import Config as TrainConfig
 from parts.config import parse
-from train import create_accelerator
+from train import called, create_accelerator
 
 from timm_supertickets import Ticket, load_ticket
 from timm_supertickets.card import read_facts, write_released
@@ -83,7 +83,7 @@ def release(name: str, ticket: Ticket, setup: TrainConfig, said: dict[str, Any],
     before, _ = score(ticket, setup, accelerator)
     ticket = halved(ticket)
     after, n = score(ticket, setup, accelerator)
-    ticket.facts |= {'top1': after, 'n': n}
+    ticket.facts |= {'top1': after, 'n': n, 'supernet': called(setup)}
     folder = ticket.save(TICKETS / name)
     facts = CARDS / f'{name}.yaml'
     known = read_facts(facts) if facts.exists() else {}

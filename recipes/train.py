@@ -142,10 +142,15 @@ def pretrained_cfg(config: Config) -> dict[str, Any] | None:
 def origin(config: Config, net: nn.Module) -> dict[str, Any]:
     """Where a ticket of this run comes from, for its facts."""
     if hasattr(net, 'arch'):
-        args = ', '.join(f'{name}={value!r}' for name, value in config.model_args.items())
-        return {'supernet': f'{config.model}({args})' if args else config.model}
+        return {'supernet': called(config)}
     first = 'pretrained' if config.pretrained else 'random'
     return {'how': f'{config.model} was pruned while it trained, from {first} weights.'}
+
+
+def called(config: Config) -> str:
+    """The model with its arguments, as a person writes it."""
+    args = ', '.join(f'{name}={value!r}' for name, value in config.model_args.items())
+    return f'{config.model}({args})' if args else config.model
 
 
 def create_net(config: Config, task: Task, data: Data) -> nn.Module:
