@@ -6,34 +6,21 @@ Every cell is a run of train.py or finetune.py in a folder of its own, whose con
 on with what is there.
 """
 
-import csv
-import datetime
-import json
-import multiprocessing
-import os
-import platform
 import statistics
-import subprocess
 import sys
-import traceback
-from collections.abc import Callable, Mapping
-from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import asdict, dataclass, field, fields
-from functools import cached_property
-from multiprocessing.connection import wait
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import finetune
 import timm
 import torch
 import train
+from parts.cells import Cell, arguments, claim, markdown, run_cells, spread, where_and_when
 from parts.config import CONFIGS, Setup, parse
-from parts.report import TRUNK
 
-import timm_supertickets
 from timm_supertickets import prunable
-from timm_supertickets.files import dump_json, read_json, write_atomic
+from timm_supertickets.files import dump_json, write_atomic
 from timm_supertickets.pictures import DPI, create_figure
 
 ARMS = {
@@ -112,73 +99,12 @@ class Config:
             raise ValueError(f'arms: {unknown[0]!r} is unknown; choose from {", ".join(ARMS)}')
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One run.
-
-    Args:
-        recipe: `train` or `finetune`.
-        folder: Its output.
-        args: Its `key=value`, once `after` has run.
-        after: What must have run before.
-        builds_on: Whether what `after` cost in training counts for this one too.
-    """
-
-    recipe: str
-    folder: Path
-    args: Callable[[], list[str]]
-    after: 'Cell | None' = None
-    builds_on: bool = True
-
-    @property
-    def marker(self) -> Path:
-        """A file that says that nothing is left to do."""
-        return self.folder / 'finished'
-
-    @cached_property
-    def rows(self) -> list[dict[str, Any]]:
-        """Its summary."""
-        with open(self.folder / 'summary.csv', encoding='utf-8', newline='') as file:
-            lines = list(csv.DictReader(file))
-        return [{key: value if key == 'name' else float(value or 'nan') for key, value in row.items()} for row in lines]
-
-    def ticket(self, target: float) -> dict[str, Any]:
-        """The row of its ticket of a sparsity."""
-        tickets = [row for row in self.rows if row['name'] != TRUNK]
-        return min(tickets, key=lambda row: abs(row['sparsity'] - target))
-
-    def living(self, target: float) -> int:
-        """How many prunable weights live in that ticket."""
-        row = self.ticket(target)
-        dead = row['sparsity_all'] * row['params']
-        return round(dead / row['sparsity'] - dead) if dead else 0
-
-    def path(self, target: float, suffix: str = '') -> str:
-        """`key=value` that starts finetune.py from that ticket."""
-        return f'ticket={self.folder / self.ticket(target)["name"]}{suffix}'
-
-    def train_macs(self, target: float) -> float:
-        """Multiply-accumulates of all training that led to that ticket."""
-        return float(sum(cell.ticket(target)['train_macs'] for cell in self.chain))
-
-    @property
-    def chain(self) -> list['Cell']:
-        """The runs that it builds on, and then itself."""
-        return [*(self.after.chain if self.after and self.builds_on else []), self]
-
-    def run_macs(self) -> float:
-        """Multiply-accumulates of this run: its trunk, and every branch from where it left the trunk."""
-        trunk = {row['round']: row['train_macs'] for row in self.rows if row['name'] == TRUNK}
-        branches = [row['train_macs'] - trunk.get(row['round'], 0.0) for row in self.rows if row['name'] != TRUNK]
-        return float(max(trunk.values(), default=0.0) + sum(branches))
-
-
 def main(argv: list[str]) -> None:
     """Plan the cells, run those that have not run, and write what they gave."""
     config = parse(argv, Config, 'compare_digits.yaml', 'compare.py')
     grid = {(arm, t, seed): cell for seed in range(config.seeds) for (arm, t), cell in plan(config, seed).items()}
     cells = {cell.folder: cell for last in grid.values() for cell in (last.after, last) if cell is not None}
-    claim(config)
+    claim(config, ('arms', 'seeds', 'targets'))
     for wave in ([c for c in cells.values() if c.after is None], [c for c in cells.values() if c.after is not None]):
         run_cells([cell for cell in wave if not cell.marker.exists()], config.jobs)
     results = [measured(arm, target, seed, grid) for arm, target, seed in grid]
@@ -191,25 +117,6 @@ def main(argv: list[str]) -> None:
     for name, arms in PICTURES.items():
         draw(folder / f'{name}.png', [arm for arm in arms if arm in config.arms], results)
     print(text)
-
-
-def claim(config: Config) -> None:
-    """Take the folder of the runs for this comparison.
-
-    Raises:
-        ValueError: It holds the runs of another one.
-    """
-    path, free = Path(config.output) / 'compare.json', ('arms', 'seeds', 'targets', 'jobs', 'output', 'results')
-    ours = {key: value for key, value in asdict(config).items() if key not in free}
-    theirs = read_json(path) if path.exists() else ours
-    differ = [key for key in ours if theirs.get(key) != ours[key]]
-    if differ:
-        pairs = ', '.join(f'{key} is {theirs.get(key)!r} there, {ours[key]!r} here' for key in differ)
-        raise ValueError(
-            f'output {config.output} holds the runs of another comparison ({pairs}); choose another output='
-        )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, dump_json(ours))
 
 
 def plan(config: Config, seed: int) -> dict[tuple[str, float], Cell]:
@@ -283,64 +190,10 @@ def plan(config: Config, seed: int) -> dict[tuple[str, float], Cell]:
     return {(arm, t): cell for arm in config.arms for t, cell in {**arms, **dense_ones}[arm].items()}
 
 
-def arguments(setup: Setup, kind: type[Setup]) -> list[str]:
-    """The settings of a configuration that another recipe shares, as `key=value`."""
-    names = {one.name for one in fields(kind)} - {'seed', 'output', 'resume', 'threads', 'targets'}
-    said = {name: value for name, value in asdict(setup).items() if name in names}
-    return [f'{name}={value if isinstance(value, str) else json.dumps(value)}' for name, value in said.items()]
-
-
 def count_prunable(model: str) -> int:
     """Prunable weights of a model of timm."""
     with torch.device('meta'):
         return sum(weight.numel() for weight in prunable(timm.create_model(model)).values())
-
-
-def run_cells(cells: list[Cell], jobs: int) -> None:
-    """Run cells, several at a time, each in a process of its own; what it prints is in a file beside its folder.
-
-    Raises:
-        ValueError: A run failed; the last line of what it printed is quoted.
-    """
-    waiting, running = list(cells), {}
-    server = multiprocessing.get_context('forkserver')  # a fork of this process could not train if this one has
-    server.set_forkserver_preload(['timm_supertickets', 'accelerate', 'datasets'])
-    try:
-        while waiting or running:
-            while waiting and len(running) < jobs:
-                cell = waiting.pop(0)
-                process = server.Process(target=run_cell, args=(cell.recipe, cell.args(), cell.folder))
-                process.start()
-                running[process.sentinel] = (process, cell)
-            for sentinel in wait(list(running)):
-                process, cell = running.pop(int(sentinel))
-                process.join()
-                if process.exitcode:
-                    said = log_of(cell.folder).read_text(encoding='utf-8').splitlines() or ['it was killed']
-                    raise ValueError(f'{cell.folder}: {said[-1]}')
-                cell.marker.touch()
-                print(f'{cell.folder} is done; {len(waiting) + len(running)} runs to go', flush=True)
-    finally:
-        for process, _ in running.values():
-            process.terminate()
-
-
-def run_cell(recipe: str, args: list[str], folder: Path) -> None:
-    """Run one cell, in a process of its own."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(log_of(folder), 'w', encoding='utf-8') as log, redirect_stdout(log), redirect_stderr(log):
-        try:
-            {'train': train, 'finetune': finetune}[recipe].main([*args, 'threads=1', f'output={folder}'])
-        except Exception as error:
-            if not isinstance(error, ValueError):
-                traceback.print_exc()
-            print(f'error: {error}')
-            sys.exit(1)
-
-
-def log_of(folder: Path) -> Path:
-    """Where a run's prints go."""
-    return folder.with_name(f'{folder.name}.log')
 
 
 def measured(arm: str, target: float, seed: int, grid: Mapping[tuple[str, float, int], Cell]) -> dict[str, Any]:
@@ -360,18 +213,6 @@ def measured(arm: str, target: float, seed: int, grid: Mapping[tuple[str, float,
         'sparse_macs': int(row['sparse_macs']),
         'train_macs': int(cell.train_macs(target)),
         'arm_macs': int(sum(cell.run_macs() for cell in {cell.folder: cell for cell in ours}.values())),
-    }
-
-
-def where_and_when() -> dict[str, Any]:
-    """Hardware, versions, commit and date."""
-    git = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True, check=False)
-    cpu = f'{os.cpu_count()} cores, {platform.machine()} {torch.backends.cpu.get_cpu_capability()}'
-    return {
-        'hardware': torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
-        'versions': {module.__name__: module.__version__ for module in (timm_supertickets, torch, timm)},
-        'commit': git.stdout.strip() or 'unknown',
-        'date': datetime.date.today().isoformat(),
     }
 
 
@@ -413,25 +254,12 @@ def tables(config: Config, about: dict[str, Any], results: list[dict[str, Any]])
     return '\n'.join(lines)
 
 
-def spread(values: list[float]) -> str:
-    """Mean and standard deviation, to two digits."""
-    if not values:
-        return ''
-    return f'{statistics.mean(values):.2f}' + (f' ± {statistics.stdev(values):.2f}' if len(values) > 1 else '')
-
-
 def differ(results: list[dict[str, Any]], ours: str, theirs: str, target: float) -> list[float]:
     """Points of top-1 between two arms, seed by seed."""
     found = {(row['arm'], row['seed']): 100 * row['top1'] for row in results if row['sparsity'] == target}
     seeds = sorted({seed for _, seed in found})
     both = [seed for seed in seeds if (ours, seed) in found and (theirs, seed) in found]
     return [found[ours, seed] - found[theirs, seed] for seed in both]
-
-
-def markdown(head: list[str], rows: list[list[str]]) -> list[str]:
-    """The lines of a table."""
-    lines = [head, ['---'] + ['---:'] * (len(head) - 1), *rows]
-    return [f'| {" | ".join(line)} |' for line in lines]
 
 
 def draw(path: Path, arms: list[str], results: list[dict[str, Any]]) -> None:

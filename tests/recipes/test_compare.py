@@ -3,8 +3,11 @@ import re
 from pathlib import Path
 
 import compare
+import finetune
 import pytest
 import train
+from parts.cells import Cell, spread
+from parts.config import parse
 
 from timm_supertickets import load_ticket
 
@@ -68,9 +71,9 @@ def test_cells_do_what_their_names_say(compared):
 
 def test_compute_is_that_of_all_that_led_to_a_ticket(results, compared):
     def spent(name):
-        return int(compare.Cell('train', compared[0] / 'runs/seed_0' / name, list).ticket(0.8)['train_macs'])
+        return int(Cell('train', compared[0] / 'runs/seed_0' / name, list).ticket(0.8)['train_macs'])
 
-    dense = compare.Cell('train', compared[0] / 'runs/seed_0/dense', list)
+    dense = Cell('train', compared[0] / 'runs/seed_0/dense', list)
     assert results['two_stage_2x']['train_macs'] == dense.train_macs(0) + spent('two_stage_2x/0.8')
     assert results['no_retraining']['train_macs'] == dense.train_macs(0)
     assert results['retrained']['train_macs'] == results['joint']['train_macs'] + spent('retrained/0.8')
@@ -82,12 +85,12 @@ def test_compute_is_that_of_all_that_led_to_a_ticket(results, compared):
 
 def test_two_stages_take_as_many_steps_as_a_joint_run(compared):
     def steps(name):
-        config = compare.parse(['--config', str(compared[0] / 'runs/seed_0' / name / 'config.yaml')], train.Config)
+        config = parse(['--config', str(compared[0] / 'runs/seed_0' / name / 'config.yaml')], train.Config)
         return config.all_steps
 
     def tuned(name):
-        kind = compare.finetune.Config
-        return compare.parse(['--config', str(compared[0] / 'runs/seed_0' / name / 'config.yaml')], kind).all_steps
+        kind = finetune.Config
+        return parse(['--config', str(compared[0] / 'runs/seed_0' / name / 'config.yaml')], kind).all_steps
 
     assert steps('dense_half') + tuned('two_stage_1x/0.8') == steps('joint/0.8') == 6
     assert steps('dense') + tuned('two_stage_2x/0.8') == 2 * steps('joint/0.8')
@@ -109,7 +112,7 @@ def test_the_page_says_what_the_results_say(results, compared):
 def test_run_again_it_trains_nothing(compared, monkeypatch):
     output, args = compared
     before = (output / 'results/results.json').read_text()
-    monkeypatch.setattr(compare, 'run_cell', None)
+    monkeypatch.setattr('parts.cells.run_cell', None)
     compare.main(args)
     assert json.loads((output / 'results/results.json').read_text())['results'] == json.loads(before)['results']
 
@@ -118,7 +121,7 @@ def test_a_family_costs_its_trunk_and_its_branches(tmp_path):
     (tmp_path / 'summary.csv').write_text(
         'name,round,step,sparsity,train_macs\ns50,1,4,0.5,130\ntrunk,1,4,0.6,100\ns90,2,8,0.9,190\ntrunk,2,8,0.9,150\n'
     )
-    family = compare.Cell('train', tmp_path, list)
+    family = Cell('train', tmp_path, list)
     assert family.run_macs() == 150 + (130 - 100) + (190 - 150)
     assert (family.train_macs(0.5), family.train_macs(0.9)) == (130, 190)
 
@@ -144,10 +147,10 @@ def test_spread_and_differences_by_hand():
     ]
     assert compare.differ(rows, 'a', 'b', 0.9) == pytest.approx([-1, 3])
     assert compare.differ(rows, 'a', 'c', 0.9) == pytest.approx([40])
-    assert compare.spread([-1.0, 3.0]) == '1.00 ± 2.83'
-    assert (compare.spread([2.0]), compare.spread([])) == ('2.00', '')
+    assert spread([-1.0, 3.0]) == '1.00 ± 2.83'
+    assert (spread([2.0]), spread([])) == ('2.00', '')
 
 
 def test_unknown_arms_are_refused():
     with pytest.raises(ValueError, match=r"arms: 'jiont' is unknown; choose from joint, "):
-        compare.parse(['arms=[jiont]'], compare.Config, 'compare_digits.yaml', 'compare.py')
+        parse(['arms=[jiont]'], compare.Config, 'compare_digits.yaml', 'compare.py')

@@ -4,10 +4,11 @@ from pathlib import Path
 import compare
 import finetune
 import pytest
+import transfer
 import yaml
 from parts.config import CONFIGS, Config, parse
 
-KINDS = {'finetune': finetune.Config, 'compare': compare.Config}
+KINDS = {'finetune': finetune.Config, 'compare': compare.Config, 'transfer': transfer.Config}
 
 
 def test_default_is_the_digits_file():
@@ -39,7 +40,7 @@ def test_every_config_is_read_and_says_what_it_costs(path):
     more = ['ticket=somewhere'] if recipe == 'finetune' else []
     assert parse(['--config', str(path), *more], KINDS.get(recipe, Config))
     head = path.read_text()
-    default = path.stem in ('mbv2_digits', 'compare_digits') or recipe == 'finetune'
+    default = path.stem in ('mbv2_digits', 'compare_digits', 'transfer_scenes') or recipe == 'finetune'
     assert f'--config recipes/configs/{path.name}' in head or default
     assert '# hardware:' in head
     assert '# expect:' in head
