@@ -14,6 +14,8 @@ from accelerate import Accelerator
 from evaluate import score
 from parts.config import Config as TrainConfig
 from parts.config import parse
+from parts.pictures import draw_rounds
+from parts.report import read_summary
 from train import called, create_accelerator
 
 from timm_supertickets import Ticket, load_ticket
@@ -28,6 +30,7 @@ CARDS = Path(__file__).parents[1] / 'hub_cards'
 REFERENCES = 'REFERENCES.yaml'
 INDEX = 'README.md'
 PICTURE = 'index.png'
+ROUNDS = 'rounds.png'
 
 
 @dataclass
@@ -60,6 +63,7 @@ def main(argv: list[str]) -> None:
         accelerator = accelerator or create_accelerator(setup)
         for folder in tickets(run):
             release(f'{folder.name}.{config.tag}', load_ticket(folder), setup, said, accelerator)
+        draw_rounds(CARDS / f'{run.name}.{ROUNDS}', read_summary(run), 'top1')
     known = read_rows(CARDS / REFERENCES)
     for run in map(Path, config.references):
         for folder in tickets(run):
@@ -121,12 +125,13 @@ def write_index(folder: Path) -> None:
     """The index of a folder of cards: a table, and a picture of accuracy over cost."""
     cards = {path.stem: read_facts(path) for path in sorted(folder.glob('superticket_*.yaml'))}
     references = read_rows(folder / REFERENCES)
-    write_atomic(folder / INDEX, index(cards, references).encode())
+    rounds = [path.name for path in sorted(folder.glob(f'*.{ROUNDS}'))]
+    write_atomic(folder / INDEX, index(cards, references, rounds).encode())
     draw_index(folder / PICTURE, cards, references)
 
 
-def index(cards: dict[str, dict[str, Any]], dense: dict[str, dict[str, Any]]) -> str:
-    """The table of all cards, dataset by dataset, and of the dense references."""
+def index(cards: dict[str, dict[str, Any]], dense: dict[str, dict[str, Any]], rounds: list[str]) -> str:
+    """The table of all cards, dataset by dataset, and of the dense references; and how the runs went."""
     lines = [
         '# Released tickets',
         '',
@@ -153,6 +158,9 @@ def index(cards: dict[str, dict[str, Any]], dense: dict[str, dict[str, Any]]) ->
             f'- `{name}`: `{row["command"]}`, {row["hardware"]}, commit {row["commit"]}' for name, row in dense.items()
         ]
         lines += ['']
+    for picture in rounds:
+        run = picture.removesuffix(f'.{ROUNDS}')
+        lines += [f'The run `{run}`, round by round:', '', f'![Score and cost of {run} over its steps]({picture})', '']
     return '\n'.join(lines)
 
 

@@ -1,6 +1,5 @@
 """Cells: runs of the recipes, each in a folder and a process of its own, that a comparison is made of."""
 
-import csv
 import datetime
 import json
 import multiprocessing
@@ -22,7 +21,7 @@ from typing import Any
 import timm
 import torch
 from parts.config import Setup
-from parts.report import TRUNK
+from parts.report import TRUNK, read_summary
 
 import timm_supertickets
 from timm_supertickets.files import dump_json, read_json, write_atomic
@@ -54,9 +53,7 @@ class Cell:
     @cached_property
     def rows(self) -> list[dict[str, Any]]:
         """Its summary."""
-        with open(self.folder / 'summary.csv', encoding='utf-8', newline='') as file:
-            lines = list(csv.DictReader(file))
-        return [{key: value if key == 'name' else float(value or 'nan') for key, value in row.items()} for row in lines]
+        return read_summary(self.folder)
 
     def ticket(self, target: float) -> dict[str, Any]:
         """The row of its ticket of a sparsity."""

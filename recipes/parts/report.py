@@ -21,6 +21,7 @@ COLUMNS = (
     'n', 'sparsity', 'sparsity_all', 'macs', 'sparse_macs', 'params', 'bytes', 'dense_bytes', 'train_macs', 'seconds',
 )  # fmt: skip
 TRUNK = 'trunk'
+SUMMARY = 'summary.csv'
 
 
 class Report:
@@ -96,7 +97,7 @@ class Report:
             writer = csv.DictWriter(text, ('name', 'round', 'step', 'loss', self.metric, *COLUMNS), lineterminator='\n')
             writer.writeheader()
             writer.writerows(self.rows)
-            write_atomic(self.output / 'summary.csv', text.getvalue().encode())
+            write_atomic(self.output / SUMMARY, text.getvalue().encode())
 
     def finish(self, title: str) -> None:
         """Print the table of tickets, and how to load them."""
@@ -123,3 +124,10 @@ class Report:
     def tickets(self) -> list[dict[str, Any]]:
         """The rows of tickets."""
         return [row for row in self.rows if row['name'] != TRUNK]
+
+
+def read_summary(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a run's summary; what is not there is nan."""
+    with open(folder / SUMMARY, encoding='utf-8', newline='') as file:
+        lines = list(csv.DictReader(file))
+    return [{key: value if key == 'name' else float(value or 'nan') for key, value in row.items()} for row in lines]

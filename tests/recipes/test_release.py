@@ -1,3 +1,5 @@
+import re
+
 import evaluate
 import pytest
 import release
@@ -72,12 +74,14 @@ def test_the_index_lists_tickets_and_dense_references(released):
     dense = yaml.safe_load((released / 'cards/REFERENCES.yaml').read_text())['test_resnet_s0.st_few']
     assert dense['dead'] == 0
     assert f'| {dense["params"]:,} | {dense["params"]:,} | {dense["macs"]:,} | {dense["macs"]:,} |' in text
-    assert (released / 'cards/index.png').read_bytes()[:4] == b'\x89PNG'
+    assert re.findall(r'!\[.*\]\((.*)\)', text) == ['index.png', 'run.rounds.png']
+    assert all((released / 'cards' / name).read_bytes()[:4] == b'\x89PNG' for name in ('index.png', 'run.rounds.png'))
 
 
 def test_the_index_of_this_repository_is_what_its_facts_say():
     cards = {path.stem: read_facts(path) for path in sorted(release.CARDS.glob('superticket*.yaml'))}
-    text = release.index(cards, release.read_rows(release.CARDS / release.REFERENCES))
+    rounds = sorted(path.name for path in release.CARDS.glob('*.rounds.png'))
+    text = release.index(cards, release.read_rows(release.CARDS / release.REFERENCES), rounds)
     assert (release.CARDS / release.INDEX).read_text() == text
 
 
