@@ -31,7 +31,7 @@ from torch.optim.swa_utils import update_bn
 
 import timm_supertickets
 from timm_supertickets import Mask, Ticket, prunable
-from timm_supertickets.channels import Keep
+from timm_supertickets.channels import ChannelGroup, Keep
 from timm_supertickets.cost import channel_macs, model_cost
 from timm_supertickets.search.importance import GatePenalty, gate_importance, penalty_weights
 from timm_supertickets.search.select import select_by_budget, select_by_threshold
@@ -297,14 +297,22 @@ def living_channels(run: Run, config: Config, state: State, budget: float) -> Ke
 def pruned(config: Setup, state: State, sparsity: float) -> Mask:
     """The mask of this sparsity; the dead stay dead, unless the dying channels took too many of the living along."""
     within = state.mask if state.mask.sparsity <= sparsity else None
-    return prune(SCORES[config.score](state.net), sparsity, scope=config.scope, floor=config.floor, within=within)
+    scores = SCORES[config.score](state.net)
+    return prune(
+        scores, sparsity, scope=config.scope, floor=config.floor, within=within, groups=channel_groups(state.net)
+    )
 
 
 def reactivated(config: Config, state: State, share: float) -> Mask:
     """The mask until the next event, with some of the dead alive."""
     if config.reactivation == 'reset':
         return reset(state.mask)
-    return regrow(state.mask, SCORES[config.score](state.net), state.gradients, share)
+    return regrow(state.mask, SCORES[config.score](state.net), state.gradients, share, channel_groups(state.net))
+
+
+def channel_groups(net: nn.Module) -> tuple[ChannelGroup, ...]:
+    """Those of a net that has any."""
+    return searchable(net).channel_groups() if hasattr(net, 'channel_groups') else ()
 
 
 def draw(run: Run, state: State, target: float, steps: int) -> None:

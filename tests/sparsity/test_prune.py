@@ -2,10 +2,14 @@ import random
 import re
 
 import pytest
+import timm
 import torch
 
+import timm_supertickets  # noqa: F401 registers the models
+from timm_supertickets.channels import ChannelGroup, Member
 from timm_supertickets.sparsity.mask import Mask
 from timm_supertickets.sparsity.prune import prune
+from timm_supertickets.sparsity.scores import lamp
 
 
 def lowest(scores, dead, floor=1, within=None):
@@ -326,3 +330,80 @@ def test_a_floor_above_the_pattern_is_refused():
 def test_pattern_scores_that_are_not_finite_are_refused():
     with pytest.raises(ValueError, match="scores of 'a' are not finite"):
         prune({'a': torch.full((2, 4), -torch.inf)}, 0.5, scope='2:4')
+
+
+def chain(channels):
+    """A group of two tensors: `up` has its channels as outputs, `down` as inputs."""
+    members = (Member('up', 0, 0, channels), Member('down', 1, 0, channels))
+    return ChannelGroup(0, 'gate', 'shift', ((3, channels),), members, 'block', ())
+
+
+def test_a_channel_without_inputs_loses_its_outputs_and_better_weights_live():
+    scores = {
+        'up': torch.tensor([[9.0, 3.0], [1.0, 2.0], [8.0, 4.0]]),
+        'down': torch.tensor([[7.0, 6.0, 5.0]]),
+    }
+    alone = prune(scores, 4 / 9)
+    assert alone['up'].tolist() == [[True, False], [False, False], [True, False]]  # 1, 2, 3 and 4 are the lowest
+    assert alone['down'].tolist() == [[True, True, True]]
+    mask = prune(scores, 4 / 9, groups=[chain(3)])  # nothing reaches the 6 any more, and the 4 lives instead
+    assert mask['up'].tolist() == [[True, False], [False, False], [True, True]]
+    assert mask['down'].tolist() == [[True, False, True]]
+
+
+def test_one_cut_leads_to_another():
+    first = ChannelGroup(0, 'a', 'a', ((3, 2),), (Member('one', 0, 0, 2), Member('two', 1, 0, 2)), 'a', ())
+    second = ChannelGroup(1, 'b', 'b', ((3, 2),), (Member('two', 0, 0, 2), Member('three', 1, 0, 2)), 'b', ())
+    scores = {
+        'one': torch.tensor([[0.5], [9.0]]),
+        'two': torch.tensor([[8.0, 1.0], [2.0, 9.2]]),
+        'three': torch.tensor([[9.7, 3.0], [9.8, 9.5]]),
+        'other': torch.tensor([4.0, 5.0, 6.0, 7.0]),
+    }
+    # the lowest seven are 0.5 to 6; behind the 0.5 the 8 and the 2 go, so the 6 stays; now the 1 goes with the 8, and
+    # behind these two the 9.7 and the 9.8, so that all others stay but the 3
+    mask = prune(scores, 7 / 14, groups=[first, second])
+    assert mask['one'].flatten().tolist() == [False, True]
+    assert mask['two'].tolist() == [[False, False], [False, True]]
+    assert mask['three'].tolist() == [[False, False], [False, True]]
+    assert mask['other'].all()
+
+
+def cut_weights(mask, groups):
+    """Living weights of channels that have none left in one of their tensors, counted channel by channel."""
+    found = 0
+    for group in groups:
+        for channel in range(group.channels):
+            parts = [
+                mask[name].select(dim, channel - start)
+                for name, dim, start, stop in group.members
+                if name in mask and start <= channel < stop
+            ]
+            if not all(part.any() for part in parts):
+                found += sum(int(part.sum()) for part in parts)
+    return found
+
+
+@pytest.mark.parametrize(
+    ('name', 'scope'),
+    [('supernet_mbv2_tiny', 'global'), ('supernet_mbv2_tiny', 'tensor'), ('supernet_hr_tiny', 'global')],
+)
+def test_no_living_weight_is_left_in_a_channel_that_is_cut(name, scope):
+    torch.manual_seed(0)
+    net = timm.create_model(name)
+    scores, groups = lamp(net), net.channel_groups()
+    alone = prune(scores, 0.95, scope=scope)
+    assert cut_weights(alone, groups) > 100
+    mask = prune(scores, 0.95, scope=scope, groups=groups)
+    assert cut_weights(mask, groups) == 0
+    assert (mask.alive, mask.total) == (alone.alive, alone.total)
+    later = prune(scores, 0.97, scope=scope, within=mask, groups=groups)
+    assert cut_weights(later, groups) == 0
+    assert all(bool((mask[key] | ~alive).all()) for key, alive in later.items())
+
+
+def test_where_only_cut_channels_are_left_they_live():
+    scores = {'up': torch.tensor([[3.0], [2.0]]), 'down': torch.tensor([[1.0, 4.0]])}
+    within = Mask({'up': torch.tensor([[True], [False]]), 'down': torch.tensor([[True, True]])})
+    mask = prune(scores, 0.25, within=within, groups=[chain(2)])  # three may live and three must
+    assert (mask['up'].flatten().tolist(), mask['down'].flatten().tolist()) == ([True, False], [True, True])

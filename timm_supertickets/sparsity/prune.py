@@ -1,11 +1,12 @@
 """Prune: scores + sparsity + scope -> Mask, with exactly k dead weights."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
+from ..channels import ChannelGroup
 from .mask import Mask
 
 SCOPES = ('global', 'tensor')
@@ -19,10 +20,13 @@ def prune(
     scope: str = 'global',
     floor: int = 1,
     within: Mask | None = None,
+    groups: Iterable[ChannelGroup] = (),
 ) -> Mask:
     """Choose the weights with the lowest scores to die: exactly `round(sparsity * weights)` of them, ties included.
 
-    Among equal scores the first in order of the tensors die first.
+    Among equal scores the first in order of the tensors die first. With channel groups, a channel that has lost all of
+    its weights in one tensor loses those in the others too, and better ones live instead of them: nothing goes through
+    it any more, and the batch norms around it would only blow up its rounding errors.
 
     Args:
         scores: Per prunable tensor a score for each weight, higher = more worth keeping.
@@ -33,6 +37,7 @@ def prune(
             depthwise ones for 4, lose nothing and still count in the mask's total. `sparsity` must be `1 - N / M`.
         floor: Living weights that every tensor keeps, whatever its scores (or all of them, if it has fewer).
         within: Only its living weights may live; what is dead in it stays dead and counts.
+        groups: Channels that live or die whole, as far as there are other weights that may live.
 
     Returns:
         The mask, on the devices of the scores.
@@ -52,6 +57,42 @@ def prune(
             raise ValueError(f'scores of {name!r} are not finite')
     if not scores:
         raise ValueError('nothing to prune: there are no scores')
+    mask = _prune(scores, sparsity, pattern, scope, floor, within)
+    groups, lost = tuple(groups), {name: torch.zeros_like(score, dtype=torch.bool) for name, score in scores.items()}
+    while _lose_cut_channels_(lost, mask, groups):
+        mask = _prune(_with_last(scores, lost), sparsity, pattern, scope, floor, within)
+    return mask
+
+
+def _with_last(scores: Mapping[str, Tensor], lost: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Scores of which some are lower than all others, in the same order among each other."""
+    low, high = min(float(score.min()) for score in scores.values()), max(float(s.max()) for s in scores.values())
+    return {name: torch.where(lost[name], score - (high - low + 1), score) for name, score in scores.items()}
+
+
+def _lose_cut_channels_(lost: dict[str, Tensor], mask: Mask, groups: Iterable[ChannelGroup]) -> bool:
+    """Mark all weights of channels that have no living weight left in some tensor; returns whether any are new."""
+    new = False
+    for group in groups:
+        masked = [member for member in group.members if member.name in mask]
+        cut = torch.zeros(group.channels, dtype=torch.bool)
+        for name, dim, start, stop in masked:
+            cut[start:stop] |= ~mask[name].transpose(0, dim).flatten(1).any(1).cpu()
+        for name, dim, start, stop in masked:
+            marks, index = lost[name].transpose(0, dim), cut[start:stop].nonzero().squeeze(1).to(lost[name].device)
+            new = new or not bool(marks[index].all())
+            marks[index] = True
+    return new
+
+
+def _prune(
+    scores: Mapping[str, Tensor],
+    sparsity: float,
+    pattern: tuple[int, int] | None,
+    scope: str,
+    floor: int,
+    within: Mask | None,
+) -> Mask:
     if pattern is not None:
         return _prune_groups(scores, sparsity, *pattern, floor, within)
     sizes = {name: score.numel() for name, score in scores.items()}

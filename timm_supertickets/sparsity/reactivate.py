@@ -1,10 +1,11 @@
 """Reactivation: which dead weights may compete again until the next event. Functions from a mask to a mask."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
+from ..channels import ChannelGroup
 from .mask import Mask
 from .prune import prune
 
@@ -19,7 +20,13 @@ def reset(mask: Mask) -> Mask:
 
 
 @torch.no_grad()
-def regrow(mask: Mask, scores: Mapping[str, Tensor], gradients: Mapping[str, Tensor], share: float) -> Mask:
+def regrow(
+    mask: Mask,
+    scores: Mapping[str, Tensor],
+    gradients: Mapping[str, Tensor],
+    share: float,
+    groups: Iterable[ChannelGroup] = (),
+) -> Mask:
     """Trade the weakest living weights for the dead ones with the largest gradients; the sparsity stays.
 
     The weights that die must still be zeroed, and those that come back start from zero.
@@ -29,6 +36,7 @@ def regrow(mask: Mask, scores: Mapping[str, Tensor], gradients: Mapping[str, Ten
         scores: Per tensor the scores that it was pruned by.
         gradients: Per tensor the dense gradient of the loss.
         share: Share of the living weights that is traded, in [0, 1).
+        groups: Channels that die whole, as in `prune`.
 
     Source:
         Evci et al., Rigging the Lottery (RigL), https://arxiv.org/abs/1911.11134.
@@ -39,7 +47,7 @@ def regrow(mask: Mask, scores: Mapping[str, Tensor], gradients: Mapping[str, Ten
     traded = min(round(share * alive), total - alive)
     if traded == 0:
         return mask
-    kept = prune(scores, (total - alive + traded) / total, within=mask)
+    kept = prune(scores, (total - alive + traded) / total, within=mask, groups=groups)
     candidates = {name: gradients[name].abs().masked_fill(mask[name], -1.0) for name in mask}
     grown = prune(candidates, (total - traded) / total, floor=0)
     return Mask({name: kept[name] | grown[name] for name in mask})
