@@ -272,6 +272,8 @@ def train(
             state.ema.update(net, step=step + 1)
         total += loss.detach()
         run.report.step(text)
+    for trained in (net, state.best):
+        average_buffers_(accelerator, trained)
     images_seen = steps * config.batch_size * accelerator.num_processes
     state.spent += BACKWARD_TOO * images_seen * model_cost(net, run.data.input_size).macs
     mean = accelerator.reduce(total, reduction='mean').item() / max(1, steps)
@@ -371,9 +373,14 @@ def recalibrate(run: Run, net: nn.Module) -> None:
         device = run.accelerator.device
         few = batches(run.data.train, run.config.recalibrate, run.config.seed, device)
         update_bn(([images] for images, _ in few), net)  # of a list, it takes the first item
-        for name, buffer in net.named_buffers():
-            if name.endswith(('running_mean', 'running_var')):
-                buffer.copy_(run.accelerator.reduce(buffer, reduction='mean'))
+        average_buffers_(run.accelerator, net)
+
+
+def average_buffers_(accelerator: Accelerator, net: nn.Module) -> None:
+    """Let all processes hold the mean of what batch norm has seen in each."""
+    for name, buffer in net.named_buffers():
+        if name.endswith(('running_mean', 'running_var')):
+            buffer.copy_(accelerator.reduce(buffer, reduction='mean'))
 
 
 if __name__ == '__main__':

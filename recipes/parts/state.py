@@ -1,8 +1,10 @@
 """State: everything that a run carries from round to round, through shrinks, forks and checkpoints."""
 
 import copy
+import hashlib
 import os
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +23,7 @@ from timm_supertickets.files import dump_json, dump_safetensors, read_json, read
 from timm_supertickets.search.shrink import searchable, shrink, shrink_optimizer_
 
 CHECKPOINTS = 'checkpoints'
+DIGESTED = ('arch', 'mask', 'weights', 'optimizer', 'average')
 
 
 @dataclass
@@ -115,14 +118,45 @@ class State:
         """The net that a ticket is drawn from: the average, if one is kept."""
         return self.net if self.ema is None else self.ema.module
 
+    def digest(self) -> Tensor:
+        """What all processes must hold alike: a sha256 each of `DIGESTED`, uint8 `(5, 32)`."""
+        average = None if self.ema is None else self.ema.module.state_dict()
+        parts = (repr(getattr(self.net, 'arch', None)), dict(self.mask), self.net.state_dict(),
+                 self.optimizer.state_dict(), average)  # fmt: skip
+        return torch.stack([torch.frombuffer(bytearray(sha256(part)), dtype=torch.uint8) for part in parts])
+
+    def check_same(self, accelerator: Accelerator) -> None:
+        """Check that every process holds the same, to the bit.
+
+        Raises:
+            ValueError: One does not; its rank is named, and what it holds.
+        """
+        if accelerator.num_processes == 1:
+            return
+        self.release()
+        digests = accelerator.gather(self.digest()[None].to(accelerator.device)).cpu()
+        most, _ = Counter(bytes(one.flatten().tolist()) for one in digests).most_common(1)[0]
+        expected = torch.frombuffer(bytearray(most), dtype=torch.uint8).view_as(digests[0])
+        for rank, found in enumerate(digests):
+            differ = [part for part, a, b in zip(DIGESTED, found, expected, strict=True) if not torch.equal(a, b)]
+            if differ:
+                raise ValueError(
+                    f'rank {rank} of {len(digests)} differs from the others in its {", ".join(differ)} after round '
+                    f'{self.round}, which is not saved; the same command goes on from the checkpoint before'
+                )
+
     def save(self, accelerator: Accelerator, output: Path, rows: list[dict[str, Any]]) -> None:
-        """Write a checkpoint, whole or not at all, and let go of all but the last two.
+        """Write a checkpoint of what all processes hold alike, whole or not at all; let go of all but the last two.
 
         Args:
             accelerator: Writes it.
             output: Folder of the run.
             rows: What the summary holds so far.
+
+        Raises:
+            ValueError: A process holds something else.
         """
+        self.check_same(accelerator)
         folder = output / CHECKPOINTS
         saving, path = folder / '.saving', folder / f'round_{self.round:05d}'
         if accelerator.is_main_process:
@@ -183,6 +217,29 @@ class State:
         accelerator.load_state(str(path))
         rows: list[dict[str, Any]] = about['rows']
         return rows
+
+
+def sha256(thing: Any) -> bytes:
+    """Digest of tensors, their types and shapes, and of plain values among them in dicts and lists."""
+    digest = hashlib.sha256()
+
+    def add(thing: Any) -> None:
+        if isinstance(thing, Tensor):
+            digest.update(f'{thing.dtype} {tuple(thing.shape)}'.encode())
+            flat = thing.detach().cpu().contiguous().flatten()
+            digest.update(flat.view(torch.uint8).numpy())
+        elif isinstance(thing, Mapping):
+            for key, value in thing.items():
+                digest.update(repr(key).encode())
+                add(value)
+        elif isinstance(thing, (list, tuple)):
+            for value in thing:
+                add(value)
+        else:
+            digest.update(repr(thing).encode())
+
+    add(thing)
+    return digest.digest()
 
 
 def rebind_(optimizer: Optimizer, model: nn.Module, other: nn.Module) -> None:
