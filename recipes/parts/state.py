@@ -293,26 +293,13 @@ def checkpoints(output: Path) -> list[Path]:
     return sorted((output / CHECKPOINTS).glob('round_*'))
 
 
-def newest_checkpoint(output: Path, tell: Callable[[str], None] = lambda line: None) -> Path | None:
-    """The newest checkpoint of a run that is whole, if it has any.
-
-    Args:
-        output: Folder of the run.
-        tell: Is told of those that are not.
-
-    Raises:
-        ValueError: It has checkpoints, and none is whole.
-    """
-    faults = []
+def newest_checkpoint(output: Path, tell: Callable[[str], None] = lambda fault: None) -> Path | None:
+    """The newest checkpoint of a run that is whole, if it has any; `tell` is told of those that are not."""
     for path in reversed(checkpoints(output)):
         fault = find_fault(path)
         if not fault:
-            for line in faults:
-                tell(f'{line}; going on from {path}')
             return path
-        faults.append(f'checkpoint {path} is not whole: {fault}')
-    if faults:
-        raise ValueError(f'{faults[0]}, and there is no other; delete {output / CHECKPOINTS} to begin anew')
+        tell(f'checkpoint {path} is not whole: {fault}')
     return None
 
 
@@ -339,12 +326,17 @@ def find_checkpoint(resume: str, output: Path, accelerator: Accelerator) -> Path
         accelerator: Knows the processes.
 
     Raises:
-        ValueError: The folder is no checkpoint, or not all processes see it.
+        ValueError: The folder is no checkpoint, none in `output` is whole, or not all processes see the same.
     """
     if resume == 'never':
         return None
     if resume == 'auto':
-        found = newest_checkpoint(output, accelerator.print)
+        faults: list[str] = []
+        found = newest_checkpoint(output, faults.append)
+        if faults and not found:
+            raise ValueError(f'{faults[0]}, and there is no other that is; delete {output / CHECKPOINTS} to begin anew')
+        for fault in faults:
+            accelerator.print(f'{fault}; going on from {found}')
         left = output / CHECKPOINTS / SAVING
         if left.exists():
             accelerator.print(
