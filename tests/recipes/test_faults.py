@@ -354,35 +354,34 @@ def test_a_loss_that_is_no_number_stops_in_the_middle_of_a_round(tmp_path, monke
 def test_killed_at_random_moments_and_started_again_draws_the_same_tickets(whole, tmp_path):
     """A table of where the kills struck is printed, and KILLS=100 makes it longer; see recipes/results/faults.md."""
     server = multiprocessing.get_context('forkserver')
-    server.set_forkserver_preload(['tests.recipes.test_faults'])
+    server.set_forkserver_preload(['train', 'sklearn.model_selection'])
     luck = random.Random(0)
     started = time.monotonic()
-    began, struck, saved, runs, broken = 0, Counter(), Counter(), 0, 0
+    began, runs, struck, saved = 0, 0, Counter(), Counter()
     while sum(struck.values()) < KILLS:
-        output, runs = tmp_path / str(runs), runs + 1
-        going_on = True
-        while going_on:
+        output, runs, ended = tmp_path / str(runs), runs + 1, False
+        while not ended:
             phase = server.Array('c', 32)
             process = server.Process(target=run_with_phases, args=([*QUICK, f'output={output}'], phase))
             process.start()
             began += 1
-            aim = luck.choice(PHASES)
-            wait_for(phase, aim, process)
-            time.sleep(luck.choice([0.0, 0.3]) * luck.random())
-            process.kill()
+            if sum(struck.values()) < KILLS:
+                wait_for(phase, luck.choice(PHASES), process)
+                time.sleep(luck.random() * luck.choice([0.0, 0.02, 0.3, 4.0]))
+                process.kill()
             process.join()
-            going_on = process.exitcode != 0
-            if going_on:
+            ended = process.exitcode == 0
+            if not ended:
                 assert process.exitcode == -signal.SIGKILL
-                struck[phase.value.decode() or 'start'] += 1
-                kept = newest_checkpoint(output, lambda line: pytest.fail(line)) if output.exists() else None
+                struck[phase.value.decode() or 'between these'] += 1
+                kept = newest_checkpoint(output, pytest.fail)
                 saved[kept.name if kept else 'none'] += 1
         assert ticket_bytes(output) == ticket_bytes(whole)
-    print(f'\nruns that ended: {runs}; processes: {began}; seconds: {time.monotonic() - started:.0f}')
-    print('| killed in | times | wrong or lost |\n| --- | --- | --- |')
-    for name, times in sorted(struck.items()):
-        print(f'| {name} | {times} | {broken} |')
-    print('newest checkpoint after a kill:', dict(saved))
+    print(
+        f'\n{sum(struck.values())} kills, {runs} runs that ended, {began} processes, {time.monotonic() - started:.0f} s'
+    )
+    for table in (struck, saved):
+        print('\n'.join(f'| {name} | {times} |' for name, times in sorted(table.items())), end='\n\n')
 
 
 PHASES = ['', 'training', 'shrinking', 'pruning', 'saving a ticket', 'saving a checkpoint', 'scoring']

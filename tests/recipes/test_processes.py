@@ -3,9 +3,11 @@
 import csv
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -133,6 +135,56 @@ def test_two_machines_draw_the_same_tickets_as_one(two, tmp_path):
     for machine in machines:
         finish(machine)
     assert ticket_bytes(tmp_path / 'run') == ticket_bytes(two[0])
+
+
+def wait_for_checkpoint(process, output):
+    """Until the first round is behind a run."""
+    deadline = time.monotonic() + 120
+    while not (output / 'checkpoints/round_00001').exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def workers(process):
+    """The processes that `torchrun` started, by rank."""
+    listed = subprocess.run(
+        ['ps', '-o', 'pid=', '--ppid', str(process.pid)], capture_output=True, text=True, check=True
+    )
+    found = sorted(int(pid) for pid in listed.stdout.split())
+    assert len(found) == 2
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('rank', [0, 1])
+def test_one_of_two_processes_is_killed_and_the_same_command_goes_on(two, tmp_path, rank):
+    output = tmp_path / 'run'
+    process = torchrun(2, *QUICK, f'output={output}')
+    wait_for_checkpoint(process, output)
+    os.kill(workers(process)[rank], signal.SIGKILL)
+    process.communicate(timeout=120)
+    assert process.returncode
+    assert not (output / 'superticket_mbv2_s80').exists()
+    finish(torchrun(2, *QUICK, f'output={output}'))
+    assert ticket_bytes(output) == ticket_bytes(two[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('number', 'everyone'), [(signal.SIGTERM, False), (signal.SIGINT, True)])
+def test_a_signal_stops_all_processes_and_the_same_command_goes_on(two, tmp_path, number, everyone):
+    output = tmp_path / 'run'
+    more = [*QUICK, 'rounds=4', 'round_steps=12']
+    process = torchrun(2, *more, f'output={output}')
+    wait_for_checkpoint(process, output)
+    (os.killpg if everyone else os.kill)(process.pid, number)  # a terminal's Ctrl-C goes to everyone
+    _, err = process.communicate(timeout=120)
+    assert process.returncode
+    assert err.count(f'stopped by {number.name} in ') == 1
+    assert f'the same command goes on from {output}/checkpoints/round_0000' in err
+    assert 'Connection closed' not in err  # nobody was left waiting
+    finish(torchrun(2, *more, f'output={output}'))
+    assert (output / 'superticket_mbv2_s80').exists()
 
 
 @pytest.mark.slow
