@@ -57,9 +57,7 @@ def program(main: Callable[[list[str]], None]) -> None:
     except OSError as error:
         if error.filename is None:  # not a matter of files
             raise
-        sys.exit(
-            f'error: {error}; nothing that was saved is lost, and the same command goes on from the last checkpoint'
-        )
+        sys.exit(f'error: {error}; what was saved before is whole, and the same command goes on from it')
 
 
 def tell(text: str) -> None:

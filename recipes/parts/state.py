@@ -364,10 +364,11 @@ def one_line(path: Path, output: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # Python's, torch's and safetensors' word for a full disk
-        kept = newest_checkpoint(output)
+        shutil.rmtree(path.with_name(SAVING), ignore_errors=True)
+        kept, free = newest_checkpoint(output), shutil.disk_usage(output).free
         raise ValueError(
-            f'checkpoint {path} cannot be written: {" ".join(str(error).split())}; '
-            f'{f"the same command goes on from {kept}" if kept else "there is no other yet"}'
+            f'checkpoint {path} cannot be written: {" ".join(str(error).split())}; {free:,} bytes are free '
+            f'on its disk; {f"the same command goes on from {kept}" if kept else "there is no other yet"}'
         ) from None
 
 

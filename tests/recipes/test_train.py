@@ -20,6 +20,7 @@ from accelerate.state import AcceleratorState
 from accelerate.tracking import GeneralTracker, register_tracker_class
 from matplotlib import image
 from parts.classification import Classification
+from parts.config import Config
 from parts.report import Report
 from parts.state import State
 from timm.utils import ModelEmaV3
@@ -83,7 +84,6 @@ def test_a_ticket_scores_what_its_facts_say(smoke):
     ticket = load_ticket(smoke[0] / 'superticket_mbv2_s50')
     from accelerate import Accelerator
     from parts.classification import create_data, top1
-    from parts.config import Config
 
     accelerator = Accelerator()
     assert top1(ticket.build(), create_data(Config(), accelerator), accelerator) == ticket.facts['top1']
@@ -465,3 +465,12 @@ def test_state_survives_a_fork(tmp_path, monkeypatch):
     for a, b in zip(with_branches, without, strict=True):
         for name, tensor in a.net.state_dict().items():
             assert torch.equal(tensor, b.net.state_dict()[name])
+
+
+def test_gradients_that_overflow_are_not_large():
+    """Else fp16 would let just those come back."""
+    net = torch.nn.Sequential(torch.nn.Linear(4, 1, bias=False))
+    state = train.start(Config(), net, Mask.dense(prunable(net)))
+    net[0].weight.grad = torch.tensor([[1.5, float('inf'), float('-inf'), float('nan')]])
+    state.keep_gradients()
+    assert state.gradients['0.weight'].tolist() == [[1.5, 0, 0, 0]]
