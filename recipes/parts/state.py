@@ -265,7 +265,7 @@ def sha256(thing: Any) -> bytes:
         if isinstance(thing, Tensor):
             digest.update(f'{thing.dtype} {tuple(thing.shape)}'.encode())
             flat = thing.detach().cpu().contiguous().flatten()
-            digest.update(flat.view(torch.uint8).numpy())
+            digest.update(flat.view(torch.uint8).numpy().data)
         elif isinstance(thing, Mapping):
             for key, value in thing.items():
                 digest.update(repr(key).encode())
