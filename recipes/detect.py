@@ -3,7 +3,6 @@
 accelerate launch recipes/detect.py ticket=FOLDER [--config recipes/configs/NAME.yaml] [key=value ...]
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import finetune
 import torch
 from finetune import begin, falling, finish
 from parts.config import parse
+from parts.program import program
 from parts.report import TRUNK
 from parts.state import State
 from train import Run, command, measure, train
@@ -74,7 +74,4 @@ def draw_predictions(run: Run, state: State, path: Path) -> None:
 
 
 if __name__ == '__main__':
-    try:
-        main(sys.argv[1:])
-    except ValueError as error:
-        sys.exit(f'error: {error}')
+    program(main)

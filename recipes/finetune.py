@@ -4,7 +4,6 @@ accelerate launch recipes/finetune.py ticket=FOLDER [--config recipes/configs/NA
 """
 
 import math
-import sys
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,6 +13,7 @@ from parts.backbone import PREFIX, OnBackbone
 from parts.config import Setup, parse
 from parts.data import Data
 from parts.distillation import Distilled, find_teacher
+from parts.program import program
 from parts.report import TRUNK, Report
 from parts.state import State, find_checkpoint
 from parts.task import Task, find_task
@@ -94,11 +94,11 @@ def begin(config: Config, said: str) -> tuple[Run, State]:
     if config.teacher:
         teacher = find_teacher(config.teacher, data).to(accelerator.device)
         task = Distilled(task, teacher, config.distill, config.temperature)
-    report = Report(config, task.metric, accelerator.is_main_process)
+    report = Report(config, task.metric, accelerator)
     run = Run(config, task, accelerator, data, report, said, origin(config, ticket))
     state = start(config, net, chosen_mask(config, ticket, net))
     state.zero_dead_weights_()
-    if path := find_checkpoint(config.resume, report.output):
+    if path := find_checkpoint(config.resume, report.output, accelerator):
         report.resume(state.load(accelerator, path), state.round * config.round_steps)
     return run, state
 
@@ -161,7 +161,4 @@ def origin(config: Config, ticket: Ticket) -> dict[str, Any]:
 
 
 if __name__ == '__main__':
-    try:
-        main(sys.argv[1:])
-    except ValueError as error:
-        sys.exit(f'error: {error}')
+    program(main)

@@ -3,7 +3,6 @@
 accelerate launch recipes/keypoints.py ticket=FOLDER [--config recipes/configs/NAME.yaml] [key=value ...]
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from finetune import begin, falling, finish
 from parts.config import parse
 from parts.heatmaps import decode
 from parts.pose import Keypoints
+from parts.program import program
 from parts.report import TRUNK
 from parts.state import State
 from train import Run, command, measure, train
@@ -73,7 +73,4 @@ def draw_predictions(run: Run, state: State, path: Path) -> None:
 
 
 if __name__ == '__main__':
-    try:
-        main(sys.argv[1:])
-    except ValueError as error:
-        sys.exit(f'error: {error}')
+    program(main)

@@ -3,7 +3,6 @@
 accelerate launch recipes/segment.py ticket=FOLDER [--config recipes/configs/NAME.yaml] [key=value ...]
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 from finetune import begin, falling, finish
 from parts.config import parse
 from parts.pixels import IGNORE
+from parts.program import program
 from parts.report import TRUNK
 from parts.segmentation import Segmentation
 from parts.state import State
@@ -73,7 +73,4 @@ def draw_predictions(run: Run, state: State, path: Path) -> None:
 
 
 if __name__ == '__main__':
-    try:
-        main(sys.argv[1:])
-    except ValueError as error:
-        sys.exit(f'error: {error}')
+    program(main)

@@ -6,20 +6,23 @@ accelerate launch recipes/train.py [--config recipes/configs/NAME.yaml] [key=val
 """
 
 import os
-import sys
+import subprocess
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import timm
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from parts import plan
 from parts.backbone import searched_macs, ticket_part
 from parts.config import Config, Setup, parse
 from parts.data import Data, batches
 from parts.pictures import draw_pictures
+from parts.program import program
 from parts.report import TRUNK, Report
 from parts.state import State, find_checkpoint
 from parts.task import Task, find_task
@@ -42,6 +45,7 @@ from timm_supertickets.sparsity.scores import lamp, magnitude
 from timm_supertickets.ticket import PACKED
 
 BACKWARD_TOO = 3  # a backward pass costs about two forward passes
+HERE = ('output', 'resume', 'data_dir', 'tracker')  # keys that are of a place, not of what is done there
 SCORES = {'magnitude': magnitude, 'lamp': lamp}
 
 
@@ -76,13 +80,13 @@ def main(argv: list[str]) -> None:
     data = task.create_data(accelerator, pretrained_cfg(config))
     net = create_net(config, task, data).to(accelerator.device)
     config = replace(config, search=chosen_search(config, net))
-    report = Report(config, task.metric, accelerator.is_main_process)
+    report = Report(config, task.metric, accelerator)
     run = Run(config, task, accelerator, data, report, command('train.py', argv), origin(config, net))
     state = start(config, net, Mask.dense(prunable(net)))
     if config.keep_initial:
         state.keep_initial()
     supernet, supernet_macs = getattr(net, 'arch', None), searched_macs(net, model_cost(net, data.input_size))
-    if path := find_checkpoint(config.resume, report.output):
+    if path := find_checkpoint(config.resume, report.output, accelerator):
         rows = state.load(accelerator, path)
         report.resume(rows, state.round * config.round_steps + state.drawn * config.cooldown_steps)
 
@@ -113,8 +117,21 @@ def main(argv: list[str]) -> None:
 
 
 def create_accelerator(config: Setup) -> Accelerator:
-    """Processes and precision as `accelerate launch` has them; on a CPU, all cores are used."""
-    accelerator = Accelerator()
+    """Processes and precision as `accelerate launch` has them; on a CPU, all cores are used.
+
+    Raises:
+        ValueError: The tracker is unknown or not installed.
+    """
+    there = [str(tracker) for tracker in get_available_trackers()]
+    default = 'tensorboard' if 'tensorboard' in there else 'none'
+    tracker = default if config.tracker == 'auto' else config.tracker
+    if tracker not in ('none', *there):
+        raise ValueError(f'tracker {tracker!r} is unknown or not installed; there is: none, {", ".join(there)}')
+    accelerator = Accelerator(
+        gradient_accumulation_steps=config.accumulate,
+        log_with=None if tracker == 'none' else tracker,
+        project_dir=config.output,
+    )
     if accelerator.device.type == 'cpu':
         torch.set_num_threads(config.threads or max(1, (os.cpu_count() or 1) // accelerator.num_processes))
     return accelerator
@@ -122,7 +139,7 @@ def create_accelerator(config: Setup) -> Accelerator:
 
 def command(recipe: str, argv: list[str]) -> str:
     """What to type to do it again; where things lie is no part of what was done."""
-    said = [arg for arg in argv if arg.lstrip('-').partition('=')[0] not in ('output', 'resume', 'data_dir')]
+    said = [arg for arg in argv if arg.lstrip('-').partition('=')[0] not in HERE]
     return ' '.join([f'accelerate launch recipes/{recipe}', *said])
 
 
@@ -256,10 +273,16 @@ def train(
     penalty = gate_penalty(run, state) if rho(first) or rho(first + steps - 1) else None
     total = torch.zeros((), device=accelerator.device)
     seed = zlib.crc32(f'{config.seed} {text}'.encode())
-    for step, (images, targets) in enumerate(batches(run.data.train, steps, seed, accelerator.device), first):
+    few = batches(run.data.train, steps * config.accumulate, seed, accelerator.device)
+    for number, (images, targets) in enumerate(few):
+        step = first + number // config.accumulate
         rate.step_update(step)
-        loss = run.task.loss(model, images, targets)
-        accelerator.backward(loss + rho(step) * penalty() if penalty else loss)
+        with accelerator.accumulate(model):
+            loss = run.task.loss(model, images, targets)
+            accelerator.backward(loss + rho(step) * penalty() if penalty else loss)
+        total += loss.detach()
+        if not accelerator.sync_gradients:
+            continue  # the step is not whole yet
         if keep_gradients and step == first + steps - 1:
             state.keep_gradients()
         mask.zero_grads_(net)
@@ -268,13 +291,14 @@ def train(
         optimizer.step()
         optimizer.zero_grad()
         mask.zero_weights_(net)
-        if state.ema is not None:
+        if state.ema is not None and not optimizer.step_was_skipped:  # fp16 skips some, and no weight moves
             state.ema.update(net, step=step + 1)
-        total += loss.detach()
-        run.report.step(text)
-    images_seen = steps * config.batch_size * accelerator.num_processes
+        run.report.step(text, total)
+    for trained in (net, state.best):
+        average_buffers_(accelerator, trained)
+    images_seen = steps * config.accumulate * config.batch_size * accelerator.num_processes
     state.spent += BACKWARD_TOO * images_seen * model_cost(net, run.data.input_size).macs
-    mean = accelerator.reduce(total, reduction='mean').item() / max(1, steps)
+    mean = accelerator.reduce(total, reduction='mean').item() / max(1, steps * config.accumulate)
     return run.report.finite(mean, text)
 
 
@@ -339,6 +363,7 @@ def save_ticket(run: Run, state: State, name: str, loss: float) -> None:
             **run.origin,
             'seed': config.seed,
             'command': run.command,
+            **surroundings(run.accelerator),
             'versions': {module.__name__: module.__version__ for module in (timm_supertickets, torch, timm)},
         }
         model, mask = ticket_part(state.best, state.mask)
@@ -354,6 +379,20 @@ def save_ticket(run: Run, state: State, name: str, loss: float) -> None:
             first = Ticket.draw(model, mask, facts=how, data_config=run.data.config)
             first.save(run.report.output / f'{name}_initial')
     run.report.add(name=name, round=state.round, step=state.round * config.round_steps, loss=loss, **score)
+
+
+def surroundings(accelerator: Accelerator) -> dict[str, Any]:
+    """What a run's result depends on beside its command, where it is not the usual."""
+    git = ['git', '-C', str(Path(__file__).parent), 'describe', '--always', '--abbrev=40', '--dirty', '--exclude=*']
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:  # no git
+        commit = ''
+    return {
+        **({'commit': commit} if commit else {}),
+        **({'processes': accelerator.num_processes} if accelerator.num_processes > 1 else {}),
+        **({'precision': accelerator.mixed_precision} if accelerator.mixed_precision != 'no' else {}),
+    }
 
 
 def measure(run: Run, state: State) -> dict[str, Any]:
@@ -379,13 +418,15 @@ def recalibrate(run: Run, net: nn.Module) -> None:
         device = run.accelerator.device
         few = batches(run.data.train, run.config.recalibrate, run.config.seed, device)
         update_bn(([images] for images, _ in few), net)  # of a list, it takes the first item
-        for name, buffer in net.named_buffers():
-            if name.endswith(('running_mean', 'running_var')):
-                buffer.copy_(run.accelerator.reduce(buffer, reduction='mean'))
+        average_buffers_(run.accelerator, net)
+
+
+def average_buffers_(accelerator: Accelerator, net: nn.Module) -> None:
+    """Let all processes hold the mean of what batch norm has seen in each."""
+    for name, buffer in net.named_buffers():
+        if name.endswith(('running_mean', 'running_var')):
+            buffer.copy_(accelerator.reduce(buffer, reduction='mean'))
 
 
 if __name__ == '__main__':
-    try:
-        main(sys.argv[1:])
-    except ValueError as error:
-        sys.exit(f'error: {error}')
+    program(main)

@@ -1,5 +1,8 @@
+import errno
 import json
+import os
 import struct
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -24,17 +27,41 @@ def test_write_atomic_replaces_the_whole_file(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ['x.bin']
 
 
-def test_write_atomic_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):
+@pytest.mark.parametrize('call', ['open', 'fsync', 'replace'])
+def test_write_atomic_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch, call):
     path = tmp_path / 'x.bin'
     write_atomic(path, b'old')
 
-    def full(_):
-        raise OSError('no space left on device')
+    def full(*_):
+        raise OSError(errno.ENOSPC, 'No space left on device')
 
-    monkeypatch.setattr('os.fsync', full)
-    with pytest.raises(OSError, match='no space'):
+    monkeypatch.setattr(*(('builtins.open', full) if call == 'open' else (f'os.{call}', full)))
+    with pytest.raises(OSError, match=r'No space left on device.*x\.bin'):
+        write_atomic(path, b'new')
+    monkeypatch.undo()
+    assert path.read_bytes() == b'old'
+    assert [p.name for p in tmp_path.iterdir()] == ['x.bin']
+
+
+@pytest.mark.skipif(not Path('/dev/full').exists(), reason='there is no full device')
+def test_write_atomic_names_the_file_that_found_no_space(tmp_path):
+    path = tmp_path / 'x.bin'
+    write_atomic(path, b'old')
+    (tmp_path / '.x.bin.tmp').symlink_to('/dev/full')
+    with pytest.raises(OSError, match=r'No space left on device.*x\.bin'):
         write_atomic(path, b'new')
     assert path.read_bytes() == b'old'
+    assert [p.name for p in tmp_path.iterdir()] == ['x.bin']
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='flushes no folders')
+def test_write_atomic_flushes_the_file_before_its_name_and_the_folder_after(tmp_path, monkeypatch):
+    done = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr('os.fsync', lambda handle: (done.append(os.fstat(handle).st_ino), fsync(handle)))
+    monkeypatch.setattr('os.replace', lambda *names: (done.append('named'), replace(*names)))
+    write_atomic(tmp_path / 'x.bin', b'some bytes')
+    assert done == [(tmp_path / 'x.bin').stat().st_ino, 'named', tmp_path.stat().st_ino]
 
 
 @pytest.mark.parametrize(

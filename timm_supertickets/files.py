@@ -1,5 +1,6 @@
 """Files: written whole or not at all, and safetensors read with a clear word about what is broken."""
 
+import errno
 import json
 import math
 import os
@@ -15,13 +16,38 @@ HEADER_LIMIT = 100_000_000
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file under a temporary name, flush it to disk, and only then give it its name."""
+    """Write a file under a temporary name, flush it to disk, and only then give it its name.
+
+    Raises:
+        OSError: It cannot be written; what was there before is there still, and no more.
+    """
     temporary = path.with_name(f'.{path.name}.tmp')
-    with open(temporary, 'wb') as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, 'wb') as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        flush_to_disk(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        if error.errno and not error.filename:  # a full disk does not say where
+            error.filename = str(path)
+        raise
+
+
+def flush_to_disk(path: Path) -> None:
+    """Let a file's bytes, or which files a folder holds, survive a power cut."""
+    if os.name == 'nt':  # which opens no folders, and flushes no file that is only read
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot flush a folder
+            raise
+    finally:
+        os.close(handle)
 
 
 def dump_json(data: Any) -> bytes:

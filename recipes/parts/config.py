@@ -31,7 +31,8 @@ class Setup:
         num_classes: Classes of the model; by default those of the dataset.
         in_chans: Input channels, 3 or 1.
         img_size: Side of the input in pixels.
-        batch_size: Images per step and process.
+        batch_size: Images per batch and process.
+        accumulate: Batches per step and process; the step goes by the mean of their gradients.
         workers: Loader processes.
         hflip: Probability of a horizontal flip.
         scale: Smallest share of the image that a random crop keeps.
@@ -55,6 +56,8 @@ class Setup:
         score: By what they compete: `magnitude`, or `lamp`, magnitudes that tensors of any scale can compare.
         threads: Threads of torch on a CPU; 0 shares all cores among the processes (`accelerate launch` allows one).
         seed: Seed of everything.
+        tracker: Where the rows of summary.csv go as well: `tensorboard`, `wandb`, `mlflow` or another that accelerate
+            knows; `none`; `auto` is `tensorboard` where that is installed.
         output: Folder of the run.
         resume: `auto` goes on with what `output` holds, `never` refuses to, or the folder of a checkpoint.
     """
@@ -71,6 +74,7 @@ class Setup:
     in_chans: int = 3
     img_size: int = 32
     batch_size: int = 64
+    accumulate: int = 1
     workers: int = 0
     hflip: float = 0.0
     scale: float = 1.0
@@ -94,11 +98,12 @@ class Setup:
     score: Literal['magnitude', 'lamp'] = 'lamp'
     threads: int = 0
     seed: int = 0
+    tracker: str = 'auto'
     output: str = 'output/run'
     resume: str = 'auto'
 
     def __post_init__(self) -> None:
-        self.within(1, math.inf, 'round_steps', 'batch_size', 'img_size', 'in_chans')
+        self.within(1, math.inf, 'round_steps', 'batch_size', 'accumulate', 'img_size', 'in_chans')
         self.within(
             0, math.inf, 'rounds', 'warmup_steps', 'clip_grad', 'workers', 'floor', 'recalibrate', 'seed', 'threads'
         )

@@ -1,18 +1,25 @@
-"""Report: what a person sees of a run: progress, summary.csv, the final table, and the folder it all lies in."""
+"""Report: what a person sees of a run: progress, summary.csv, the final table, and the folder it all lies in.
+
+What a person would stop a run for is seen here as well: a loss that is no number, a signal.
+"""
 
 import csv
 import io
 import math
 import time
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from accelerate import Accelerator
 from parts.config import Setup
-from parts.state import find_checkpoint
+from parts.program import Stopped, received
+from parts.state import newest_checkpoint
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 from tqdm import tqdm
 
 from timm_supertickets.files import write_atomic
@@ -22,6 +29,8 @@ COLUMNS = (
 )  # fmt: skip
 TRUNK = 'trunk'
 SUMMARY = 'summary.csv'
+LOOK_EVERY = 10  # steps; a look waits for the device and for all processes
+FREE = ('resume', 'output', 'tracker')  # what may change when a run goes on
 
 
 class Report:
@@ -30,20 +39,22 @@ class Report:
     Args:
         config: The run's configuration.
         metric: What the score is called.
-        main: Whether this process is the one that speaks and writes.
+        accelerator: Knows which process is the one that speaks and writes.
 
     Raises:
         ValueError: The output folder holds something else.
     """
 
-    def __init__(self, config: Setup, metric: str, main: bool) -> None:
-        self.config, self.metric, self.main = config, metric, main
+    def __init__(self, config: Setup, metric: str, accelerator: Accelerator) -> None:
+        self.config, self.metric, self.accelerator = config, metric, accelerator
         self.output = Path(config.output)
         self.rows: list[dict[str, Any]] = []
         self.started = time.monotonic()
-        if main:
+        self._steps = 0
+        if accelerator.is_main_process:
             self._claim_folder()
-        self._bar = tqdm(total=config.all_steps, disable=not main, unit='step')
+        accelerator.wait_for_everyone()
+        self._bar = tqdm(total=config.all_steps, disable=not accelerator.is_main_process, unit='step')
 
     def _claim_folder(self) -> None:
         path = self.output / 'config.yaml'
@@ -51,7 +62,8 @@ class Report:
             raise ValueError(f'output {self.output} is not a folder')
         if path.exists():
             theirs, ours = yaml.safe_load(path.read_text(encoding='utf-8')), asdict(self.config)
-            differ = [key for key in ours if key not in ('resume', 'output') and theirs.get(key) != ours[key]]
+            theirs = {**defaults(self.config), **theirs}  # a key that is newer than the run had no effect on it
+            differ = [key for key in ours if key not in FREE and theirs.get(key) != ours[key]]
             if differ:
                 pairs = ', '.join(f'{key} is {theirs.get(key)!r} there, {ours[key]!r} here' for key in differ[:3])
                 raise ValueError(f'output {self.output} already holds another run ({pairs}); choose another output=')
@@ -68,12 +80,37 @@ class Report:
         self.rows = [row for row in rows if row['name'] == TRUNK or (self.output / row['name']).exists()]
         self._bar.update(steps)
 
-    def step(self, text: str) -> None:
-        """One more step; `text` says what is under way."""
+    def step(self, text: str, loss: Tensor) -> None:
+        """One more step.
+
+        Args:
+            text: What is under way.
+            loss: Anything that is no number once the loss is none, on the device; looked at every few steps.
+
+        Raises:
+            ValueError: The loss is no number.
+            Stopped: A signal came, to whichever process.
+        """
         if not self._bar.disable:
             if self._bar.desc != text:
                 self._bar.set_description_str(text, refresh=False)
             self._bar.update()
+        self._steps += 1
+        asked = max(received, default=0)
+        if self._steps % LOOK_EVERY == 0:
+            mine = torch.stack([loss.detach().float(), loss.new_tensor(asked, dtype=torch.float)])
+            seen = self.accelerator.gather(mine[None]).tolist()
+            self.finite(sum(one for one, _ in seen), text)
+            asked = int(max(number for _, number in seen))
+        elif self.accelerator.num_processes > 1:
+            return  # all stop at the same step, or the others would wait for this one for ever
+        if asked:
+            kept = newest_checkpoint(self.output)
+            raise Stopped(
+                asked,
+                f'in {text}; the same command goes on from {kept or "the beginning"}, trains again what came after it, '
+                'and ends with the same tickets',
+            )
 
     def finite(self, loss: float, text: str) -> float:
         """The loss, if it is a number.
@@ -83,26 +120,35 @@ class Report:
         """
         if math.isfinite(loss):
             return loss
-        kept = find_checkpoint('auto', self.output)
-        kept = f'the last good checkpoint is {kept}' if kept else 'there is no checkpoint yet'
-        raise ValueError(f'the loss became {loss} in {text} (lr={self.config.lr}); {kept}')
+        kept = newest_checkpoint(self.output)
+        good = f'the last good checkpoint is {kept}' if kept else 'there is no checkpoint yet'
+        raise ValueError(f'the loss became {loss} in {text} (lr={self.config.lr}); {good}')
 
     def add(self, **row: Any) -> None:
-        """Add a row, and write summary.csv anew."""
+        """Add a row to summary.csv, which is written anew, and to the tracker."""
         self.rows.append({**row, 'seconds': round(time.monotonic() - self.started, 1)})
         shown = {'loss': row['loss'], self.metric: row[self.metric], 'sparsity': row['sparsity']}
         self._bar.set_postfix_str(', '.join(f'{name} {value:.3f}' for name, value in shown.items()))
-        if self.main:
+        if self.accelerator.is_main_process:
             text = io.StringIO()
             writer = csv.DictWriter(text, ('name', 'round', 'step', 'loss', self.metric, *COLUMNS), lineterminator='\n')
             writer.writeheader()
             writer.writerows(self.rows)
             write_atomic(self.output / SUMMARY, text.getvalue().encode())
+        self._track(self.rows[-1])
+
+    def _track(self, row: dict[str, Any]) -> None:
+        if not self.accelerator.trackers:  # what TensorBoard was told of later steps, before a run was killed, goes
+            purge = {'tensorboard': {'purge_step': row['step']}}
+            self.accelerator.init_trackers('timm_supertickets', init_kwargs=purge)
+        scalars = {f'{row["name"]}/{key}': value for key, value in row.items() if key not in ('name', 'step')}
+        self.accelerator.log(scalars, step=row['step'])
 
     def finish(self, title: str) -> None:
         """Print the table of tickets, and how to load them."""
         self._bar.close()
-        if not self.main:
+        self.accelerator.end_training()
+        if not self.accelerator.is_main_process:
             return
         table = Table(title=title)
         for column in ('ticket', 'sparsity', 'of all', 'MMACs', 'sparse', 'params', 'bytes', 'dense', self.metric, 'n'):
@@ -131,3 +177,8 @@ def read_summary(folder: Path) -> list[dict[str, Any]]:
     with open(folder / SUMMARY, encoding='utf-8', newline='') as file:
         lines = list(csv.DictReader(file))
     return [{key: value if key == 'name' else float(value or 'nan') for key, value in row.items()} for row in lines]
+
+
+def defaults(config: Setup) -> dict[str, Any]:
+    """What the keys of a configuration are if nothing is said of them."""
+    return {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(config)}

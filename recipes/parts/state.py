@@ -1,9 +1,12 @@
 """State: everything that a run carries from round to round, through shrinks, forks and checkpoints."""
 
 import copy
+import hashlib
 import os
 import shutil
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,16 +14,26 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import extract_model_from_parallel
+from safetensors import SafetensorError
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from timm_supertickets import Arch, Mask
 from timm_supertickets.channels import Keep, take
-from timm_supertickets.files import dump_json, dump_safetensors, read_json, read_safetensors, write_atomic
+from timm_supertickets.files import (
+    dump_json,
+    dump_safetensors,
+    flush_to_disk,
+    read_json,
+    read_safetensors,
+    write_atomic,
+)
 from timm_supertickets.search.shrink import searchable, shrink, shrink_optimizer_
 
 CHECKPOINTS = 'checkpoints'
+SAVING = '.saving'
+DIGESTED = ('arch', 'mask', 'weights', 'optimizer', 'average')
 
 
 @dataclass
@@ -90,7 +103,12 @@ class State:
     def keep_gradients(self) -> None:
         """Remember the dense gradients of the masked weights."""
         params = self.net.named_parameters()
-        self.gradients = {name: p.grad.clone() for name, p in params if name in self.mask and p.grad is not None}
+        # what overflows in fp16, whose step the scaler then skips, says nothing of how large a gradient is
+        self.gradients = {
+            name: p.grad.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+            for name, p in params
+            if name in self.mask and p.grad is not None
+        }
 
     def keep_initial(self) -> None:
         """Remember the weights as they are now, through all shrinks."""
@@ -115,41 +133,86 @@ class State:
         """The net that a ticket is drawn from: the average, if one is kept."""
         return self.net if self.ema is None else self.ema.module
 
+    def digest(self) -> Tensor:
+        """What all processes must hold alike: a sha256 each of `DIGESTED`, uint8 `(5, 32)`."""
+        average = None if self.ema is None else self.ema.module.state_dict()
+        parts = (repr(getattr(self.net, 'arch', None)), dict(self.mask), self.net.state_dict(),
+                 self.optimizer.state_dict(), average)  # fmt: skip
+        return torch.stack([torch.frombuffer(bytearray(sha256(part)), dtype=torch.uint8) for part in parts])
+
+    def check_same(self, accelerator: Accelerator) -> None:
+        """Check that every process holds the same, to the bit.
+
+        Raises:
+            ValueError: One does not; its rank is named, and what it holds.
+        """
+        if accelerator.num_processes == 1:
+            return
+        self.release()
+        digests = accelerator.gather(self.digest()[None].to(accelerator.device)).cpu()
+        most, _ = Counter(bytes(one.flatten().tolist()) for one in digests).most_common(1)[0]
+        expected = torch.frombuffer(bytearray(most), dtype=torch.uint8).view_as(digests[0])
+        for rank, found in enumerate(digests):
+            differ = [part for part, a, b in zip(DIGESTED, found, expected, strict=True) if not torch.equal(a, b)]
+            if differ:
+                raise ValueError(
+                    f'rank {rank} of {len(digests)} differs from the others in its {", ".join(differ)} after round '
+                    f'{self.round}, which is not saved; the same command goes on from the checkpoint before'
+                )
+
     def save(self, accelerator: Accelerator, output: Path, rows: list[dict[str, Any]]) -> None:
-        """Write a checkpoint, whole or not at all, and let go of all but the last two.
+        """Write a checkpoint of what all processes hold alike, whole or not at all; let go of all but the last two.
 
         Args:
             accelerator: Writes it.
             output: Folder of the run.
             rows: What the summary holds so far.
+
+        Raises:
+            ValueError: A process holds something else, or the disk is full or read-only.
         """
+        self.check_same(accelerator)
         folder = output / CHECKPOINTS
-        saving, path = folder / '.saving', folder / f'round_{self.round:05d}'
-        if accelerator.is_main_process:
-            shutil.rmtree(saving, ignore_errors=True)
+        saving, path = folder / SAVING, folder / f'round_{self.round:05d}'
         self.prepare(accelerator)  # what was prepared last may be a fork
-        accelerator.wait_for_everyone()
-        accelerator.save_state(str(saving))
         if accelerator.is_main_process:
-            arch = getattr(self.net, 'arch', None)
-            about = {
-                'round': self.round,
-                'drawn': self.drawn,
-                'spent': self.spent,
-                'arch': arch.to_json() if isinstance(arch, Arch) else None,
-                'rows': rows,
-            }
-            write_atomic(saving / 'state.json', dump_json(about))
-            write_atomic(saving / 'mask.safetensors', dump_safetensors(self.mask, {}))
-            if self.initial:
-                write_atomic(saving / 'initial.safetensors', dump_safetensors(self.initial, {}))
-            if self.ema is not None:
-                write_atomic(saving / 'ema.safetensors', dump_safetensors(self.ema.module.state_dict(), {}))
-            shutil.rmtree(path, ignore_errors=True)
-            os.replace(saving, path)
-            for old in checkpoints(output)[:-2]:
-                shutil.rmtree(old)
+            with one_line(path, output):
+                discard(saving)
         accelerator.wait_for_everyone()
+        with one_line(path, output):
+            accelerator.save_state(str(saving))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            with one_line(path, output):
+                self._save_rest(saving, accelerator.num_processes, rows)
+                flush_to_disk(output)  # the folders of tickets, which the checkpoint says are drawn
+                put_in_place(saving, path)
+                for old in checkpoints(output)[:-2]:
+                    discard(old)
+        accelerator.wait_for_everyone()
+
+    def _save_rest(self, folder: Path, processes: int, rows: list[dict[str, Any]]) -> None:
+        """Add to a folder what accelerate knows nothing of, and a word on everything in it."""
+        tensors = {'mask': self.mask, 'initial': self.initial}
+        if self.ema is not None:
+            tensors['ema'] = self.ema.module.state_dict()
+        for name, some in tensors.items():
+            if some or name == 'mask':
+                write_atomic(folder / f'{name}.safetensors', dump_safetensors(some, {}))
+        arch = getattr(self.net, 'arch', None)
+        files = sorted(folder.iterdir())
+        about = {
+            'round': self.round,
+            'drawn': self.drawn,
+            'spent': self.spent,
+            'arch': arch.to_json() if isinstance(arch, Arch) else None,
+            'processes': processes,
+            'rows': rows,
+            'files': {file.name: file_sha256(file) for file in files},
+        }
+        for file in files:
+            flush_to_disk(file)
+        write_atomic(folder / 'state.json', dump_json(about))
 
     def load(self, accelerator: Accelerator, path: Path) -> list[dict[str, Any]]:
         """Go on from a checkpoint. The net must have been built by the same configuration.
@@ -162,9 +225,15 @@ class State:
             The rows of the summary at that time.
 
         Raises:
-            ValueError: It is no checkpoint, or not a whole one.
+            ValueError: It is of another net, or of another number of processes.
         """
         about = read_json(path / 'state.json')
+        processes = about.get('processes', accelerator.num_processes)
+        if processes != accelerator.num_processes:
+            raise ValueError(
+                f'checkpoint {path} is of a run on {processes} processes, and this is {accelerator.num_processes}, '
+                'with which a step would see another number of images; start as many as then'
+            )
         device = next(self.net.parameters()).device
         if about['arch'] is not None:
             small = searchable(self.net).rebuild(Arch.from_json(about['arch']))
@@ -180,9 +249,35 @@ class State:
             self.ema.module.load_state_dict(average)
         self.round, self.drawn, self.spent = about['round'], about['drawn'], about['spent']
         self.prepare(accelerator)
-        accelerator.load_state(str(path))
+        try:
+            accelerator.load_state(str(path))  # reads tensors and plain values only, out of pickles too
+        except Exception as error:  # what torch and accelerate make of another net's state is up to them
+            raise ValueError(f'checkpoint {path} cannot be loaded: {" ".join(str(error).split())}') from error
         rows: list[dict[str, Any]] = about['rows']
         return rows
+
+
+def sha256(thing: Any) -> bytes:
+    """Digest of tensors, their types and shapes, and of plain values among them in dicts and lists."""
+    digest = hashlib.sha256()
+
+    def add(thing: Any) -> None:
+        if isinstance(thing, Tensor):
+            digest.update(f'{thing.dtype} {tuple(thing.shape)}'.encode())
+            flat = thing.detach().cpu().contiguous().flatten()
+            digest.update(flat.view(torch.uint8).numpy().data)
+        elif isinstance(thing, Mapping):
+            for key, value in thing.items():
+                digest.update(repr(key).encode())
+                add(value)
+        elif isinstance(thing, (list, tuple)):
+            for value in thing:
+                add(value)
+        else:
+            digest.update(repr(thing).encode())
+
+    add(thing)
+    return digest.digest()
 
 
 def rebind_(optimizer: Optimizer, model: nn.Module, other: nn.Module) -> None:
@@ -198,23 +293,110 @@ def checkpoints(output: Path) -> list[Path]:
     return sorted((output / CHECKPOINTS).glob('round_*'))
 
 
-def find_checkpoint(resume: str, output: Path) -> Path | None:
-    """The checkpoint to go on from, if any.
+def newest_checkpoint(output: Path, tell: Callable[[str], None] = lambda fault: None) -> Path | None:
+    """The newest checkpoint of a run that is whole, if it has any; `tell` is told of those that are not."""
+    for path in reversed(checkpoints(output)):
+        fault = find_fault(path)
+        if not fault:
+            return path
+        tell(f'checkpoint {path} is not whole: {fault}')
+    return None
+
+
+def find_fault(path: Path) -> str:
+    """What is wrong with a checkpoint; empty if every file is as it was written."""
+    try:
+        about = read_json(path / 'state.json')
+        for name, digest in about.get('files', {}).items():  # those of older versions do not say
+            if file_sha256(path / name) != digest:
+                return f'{name} has other bytes than were written'
+    except FileNotFoundError as error:
+        return f'{Path(error.filename).name} is missing'
+    except (ValueError, OSError) as error:
+        return str(error)
+    return ''
+
+
+def find_checkpoint(resume: str, output: Path, accelerator: Accelerator) -> Path | None:
+    """The checkpoint to go on from, if any; the same for all processes.
 
     Args:
         resume: `auto`: the newest in `output`; `never`; or the folder of a checkpoint.
         output: Folder of the run.
+        accelerator: Knows the processes.
 
     Raises:
-        ValueError: The folder is no checkpoint.
+        ValueError: The folder is no checkpoint, none in `output` is whole, or not all processes see the same.
     """
     if resume == 'never':
         return None
     if resume == 'auto':
-        return next(reversed(checkpoints(output)), None)
-    if not (Path(resume) / 'state.json').is_file():
+        faults: list[str] = []
+        found = newest_checkpoint(output, faults.append)
+        if faults and not found:
+            raise ValueError(f'{faults[0]}, and there is no other that is; delete {output / CHECKPOINTS} to begin anew')
+        for fault in faults:
+            accelerator.print(f'{fault}; going on from {found}')
+        left = output / CHECKPOINTS / SAVING
+        if left.exists():
+            accelerator.print(
+                f'{left} was being written when the run stopped; going on from {found or "the beginning"}'
+            )
+    else:
+        found = Path(resume)
+        if fault := find_fault(found):
+            raise ValueError(
+                f'resume={resume} is neither "auto" nor "never" nor a checkpoint folder such as '
+                f'{output / CHECKPOINTS}/round_00004: {fault}'
+            )
+    seen = sha256(str(found and found.name))[:8]
+    all_seen = accelerator.gather(torch.tensor([list(seen)], device=accelerator.device))
+    if len(all_seen.unique(dim=0)) > 1:
         raise ValueError(
-            f'resume={resume} is neither "auto" nor "never" nor a checkpoint folder such as '
-            f'{output / CHECKPOINTS}/round_00004'
+            f'the processes see different checkpoints in {output}; all machines must share the disk that output= is on'
         )
-    return Path(resume)
+    return found
+
+
+@contextmanager
+def one_line(path: Path, output: Path) -> Iterator[None]:
+    """Say in one line that a checkpoint cannot be written, and which one there is."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # Python's, torch's and safetensors' word for a full disk
+        shutil.rmtree(path.with_name(SAVING), ignore_errors=True)
+        kept, free = newest_checkpoint(output), shutil.disk_usage(output).free
+        raise ValueError(
+            f'checkpoint {path} cannot be written: {" ".join(str(error).split())}; {free:,} bytes are free '
+            f'on its disk; {f"the same command goes on from {kept}" if kept else "there is no other yet"}'
+        ) from None
+
+
+def put_in_place(saving: Path, path: Path) -> None:
+    """Give a checkpoint that is written its name; whenever this is interrupted, there is a whole one."""
+    old = path.with_name(f'{path.name}.old')
+    flush_to_disk(saving)
+    if path.exists():
+        discard(old)
+        os.replace(path, old)
+    os.replace(saving, path)
+    flush_to_disk(path.parent)
+    discard(old)
+
+
+def discard(path: Path) -> None:
+    """Delete a folder, which has another name while that lasts: nobody takes half of a checkpoint for one."""
+    if path.exists():
+        going = path.with_name('.going')
+        shutil.rmtree(going, ignore_errors=True)
+        os.replace(path, going)
+        shutil.rmtree(going)
+
+
+def file_sha256(path: Path) -> str:
+    """The digest of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, 'rb') as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

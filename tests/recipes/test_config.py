@@ -1,3 +1,4 @@
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 
@@ -99,3 +100,14 @@ def test_a_config_file_cannot_run_anything(tmp_path):
     with pytest.raises(ValueError, match='python/object'):
         parse(['--config', str(file)])
     assert not Path(mark).exists()
+
+
+@pytest.mark.parametrize('key', ['model_args', 'task_args', 'output', 'model', 'targets', 'tracker'])
+def test_a_config_file_cannot_import_anything(tmp_path, key):
+    """A class that jsonargparse would make, were it asked for one, stays a dict, or is refused."""
+    file, mark = tmp_path / 'mine.yaml', tmp_path / 'mark'
+    file.write_text(f'{key}: {{class_path: pathlib.Path.touch, init_args: {{self: {mark}}}, call: os.mkdir}}\n')
+    with suppress(ValueError):
+        config = parse(['--config', str(file)])
+        assert type(getattr(config, key)) is dict
+    assert not mark.exists()

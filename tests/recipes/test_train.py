@@ -1,20 +1,31 @@
 import csv
+import gc
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import timm
 import torch
 import train
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.state import AcceleratorState
+from accelerate.tracking import GeneralTracker, register_tracker_class
 from matplotlib import image
+from parts.classification import Classification
+from parts.config import Config
+from parts.report import Report
 from parts.state import State
+from timm.utils import ModelEmaV3
 
-from timm_supertickets import load_ticket, prunable
+from timm_supertickets import Mask, load_ticket, prunable
 
 ROOT = Path(__file__).parents[2]
 SMOKE = ['--config', str(ROOT / 'recipes/configs/smoke.yaml'), 'threads=1']  # more would wait for other tests' load
@@ -73,7 +84,6 @@ def test_a_ticket_scores_what_its_facts_say(smoke):
     ticket = load_ticket(smoke[0] / 'superticket_mbv2_s50')
     from accelerate import Accelerator
     from parts.classification import create_data, top1
-    from parts.config import Config
 
     accelerator = Accelerator()
     assert top1(ticket.build(), create_data(Config(), accelerator), accelerator) == ticket.facts['top1']
@@ -205,6 +215,209 @@ def test_a_loss_that_is_not_a_number_stops_and_keeps_the_last_checkpoint(tmp_pat
     assert load_ticket(tmp_path / 'run/superticket_mbv2_s80')
 
 
+PLAIN = [
+    *SMOKE, 'model=test_vit', 'model_args={img_size: 32}', 'search=none', 'scale=1', 'ratio=1', 'recalibrate=0',
+    'rounds=2', 'round_steps=3', 'cooldown_steps=2', 'targets=[0.5]', 'reactivation=none',
+]  # fmt: skip
+
+
+def test_accumulated_batches_equal_one_big_batch(tmp_path):
+    """Without batch norm, which sees other batches."""
+    train.main([*PLAIN, 'batch_size=64', 'clip_grad=1', 'ema_decay=0.9', f'output={tmp_path / "one"}'])
+    train.main([*PLAIN, 'batch_size=16', 'clip_grad=1', 'ema_decay=0.9', 'accumulate=4', f'output={tmp_path / "four"}'])
+    one, four = (
+        list(csv.DictReader((tmp_path / name / 'summary.csv').read_text().splitlines())) for name in ('one', 'four')
+    )
+    assert [float(row['loss']) for row in four] == pytest.approx([float(row['loss']) for row in one], rel=1e-5)
+    assert [row['train_macs'] for row in four] == [row['train_macs'] for row in one]
+    first, second = (load_ticket(tmp_path / name / 'test_vit_s50').weights for name in ('one', 'four'))
+    for name, tensor in first.items():
+        assert torch.allclose(tensor, second[name], rtol=1e-3, atol=1e-5), name
+
+
+@pytest.fixture
+def bf16(monkeypatch):
+    monkeypatch.setenv('ACCELERATE_MIXED_PRECISION', 'bf16')
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_bf16_keeps_masks_and_weights_exact(tmp_path, monkeypatch, bf16):
+    kinds = []
+    add = Report.add
+
+    def seen(report, **row):
+        kinds.append((report.accelerator.mixed_precision, row['sparsity']))
+        add(report, **row)
+
+    saved = []
+    save = State.save
+    monkeypatch.setattr(State, 'save', lambda state, *args: (saved.append(state.fork()), save(state, *args)))
+    monkeypatch.setattr(Report, 'add', seen)
+    train.main([*QUICK, 'ema_decay=0.9', f'output={tmp_path / "run"}'])
+    assert {precision for precision, _ in kinds} == {'bf16'}
+    for state in saved:
+        assert {t.dtype for t in state.net.state_dict().values()} == {torch.float32, torch.int64}
+        moments = [t for one in state.optimizer.state.values() for t in one.values() if isinstance(t, torch.Tensor)]
+        assert {t.dtype for t in [*moments, *state.ema.module.parameters()]} == {torch.float32}
+        for name, alive in state.mask.items():
+            assert alive.dtype == torch.bool
+            assert not state.net.get_parameter(name)[~alive].any()
+    for name, sparsity in (('s40', 0.4), ('s80', 0.8)):
+        ticket = load_ticket(tmp_path / f'run/superticket_mbv2_{name}')
+        assert ticket.facts['precision'] == 'bf16'
+        assert ticket.mask.total - ticket.mask.alive == round(sparsity * ticket.mask.total)
+        assert {t.dtype for t in ticket.weights.values()} <= {torch.float32, torch.int64}
+
+
+def test_a_step_that_the_scaler_skips_revives_nothing_and_is_not_averaged(tmp_path, monkeypatch):
+    """Torch's own scaler, on a CPU: its scale overflows until it has been halved a few times."""
+    create = train.create_accelerator
+
+    def scaled(config):
+        accelerator = create(config)
+        accelerator.scaler = torch.amp.GradScaler('cpu', init_scale=2.0**126)
+        return accelerator
+
+    before, averaged, skips = [], [], []
+    zero_grads_, update = Mask.zero_grads_, ModelEmaV3.update
+    step_was_skipped = AcceleratedOptimizer.step_was_skipped.fget
+
+    def before_step(mask, net):
+        zero_grads_(mask, net)
+        before[:] = [mask, net, [param.clone() for param in net.parameters()]]
+
+    def after_step(optimizer):
+        mask, net, params = before
+        skips.append(step_was_skipped(optimizer))
+        same = [torch.equal(param, old) for param, old in zip(net.parameters(), params, strict=True)]
+        assert all(same) if skips[-1] else not all(same)
+        assert not any(net.get_parameter(name)[~alive].any() for name, alive in mask.items())
+        return skips[-1]
+
+    monkeypatch.setattr(train, 'create_accelerator', scaled)
+    monkeypatch.setattr(Mask, 'zero_grads_', before_step)
+    monkeypatch.setattr(ModelEmaV3, 'update', lambda ema, *a, **k: (averaged.append(1), update(ema, *a, **k)))
+    monkeypatch.setattr(AcceleratedOptimizer, 'step_was_skipped', property(after_step))
+    train.main([*QUICK, 'rounds=4', 'round_steps=6', 'ema_decay=0.9', f'output={tmp_path / "run"}'])
+    assert len(skips) == 4 * 6 + 2 * 2
+    assert 3 < sum(skips) < len(skips) - 3
+    assert len(averaged) == len(skips) - sum(skips)
+    for name, sparsity in (('s40', 0.4), ('s80', 0.8)):
+        ticket = load_ticket(tmp_path / f'run/superticket_mbv2_{name}')
+        assert ticket.mask.total - ticket.mask.alive == round(sparsity * ticket.mask.total)
+        assert all(t.isfinite().all() for t in ticket.weights.values())
+
+
+@pytest.mark.slow
+def test_memory_is_flat_over_many_events(tmp_path, monkeypatch):
+    held, traced = [], []
+    save = State.save
+
+    def measured(state, *args):
+        save(state, *args)
+        gc.collect()
+        tensors = {t.untyped_storage().data_ptr(): t for t in gc.get_objects() if issubclass(type(t), torch.Tensor)}
+        held.append((len(tensors), sum(t.untyped_storage().nbytes() for t in tensors.values())))
+        traced.append(tracemalloc.get_traced_memory()[0])
+
+    monkeypatch.setattr(State, 'save', measured)
+    monkeypatch.setattr(Classification, 'score', lambda *args: 0.5)
+    more = ['rounds=26', 'round_steps=1', 'cooldown_steps=1', 'recalibrate=1', 'batch_size=4', 'ema_decay=0.9']
+    more += ['search_until=0.2', 'targets=[0.8]']
+    tracemalloc.start()
+    try:
+        train.main([*QUICK, *more, f'output={tmp_path / "run"}'])
+    finally:
+        tracemalloc.stop()
+    assert len(held) == 26
+    counts, sizes = zip(*held, strict=True)
+    assert max(counts[5:]) <= max(counts[:5])
+    assert max(sizes[5:]) <= max(sizes[:5])
+    assert max(traced[5:-1]) < min(traced[5:-1]) + 100_000  # 20 rows of the summary, and what libraries remember
+
+
+class Notebook(GeneralTracker):
+    """A tracker that remembers."""
+
+    name = 'notebook'
+    requires_logging_directory = False
+    tracker = None
+    logged: ClassVar[list] = []
+
+    def __init__(self, project, **kwargs):
+        super().__init__()
+
+    def log(self, values, step=None, **kwargs):
+        self.logged.append((step, values))
+
+
+def test_a_tracker_gets_the_rows_of_the_summary(tmp_path, monkeypatch):
+    register_tracker_class(Notebook)
+    monkeypatch.setattr(train, 'get_available_trackers', lambda: ['notebook'])
+    train.main([*QUICK, 'tracker=notebook', f'output={tmp_path / "run"}'])
+    rows = list(csv.DictReader((tmp_path / 'run/summary.csv').read_text().splitlines()))
+    assert len(rows) == len(Notebook.logged) == 4
+    for row, (step, values) in zip(rows, Notebook.logged, strict=True):
+        assert int(row['step']) == step
+        told = {key.removeprefix(f'{row["name"]}/'): str(value) for key, value in values.items()}
+        assert told == {key: value for key, value in row.items() if key not in ('name', 'step') and value}
+
+
+def test_tensorboard_shows_a_resumed_run_once(tmp_path, monkeypatch):
+    pytest.importorskip('tensorboard')
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    output = tmp_path / 'run'
+    save = State.save
+
+    def killed(state, *args):
+        if state.round == 2:
+            raise KeyboardInterrupt
+        save(state, *args)
+
+    monkeypatch.setattr(State, 'save', killed)
+    with pytest.raises(KeyboardInterrupt):
+        train.main([*QUICK, 'tracker=tensorboard', f'output={output}'])
+    monkeypatch.undo()
+    train.main([*QUICK, 'tracker=tensorboard', f'output={output}'])
+    events = EventAccumulator(str(output / 'timm_supertickets')).Reload()
+    rows = list(csv.DictReader((output / 'summary.csv').read_text().splitlines()))
+    for name in ('trunk', 'superticket_mbv2_s40', 'superticket_mbv2_s80'):
+        mine = [row for row in rows if row['name'] == name]
+        scalars = events.Scalars(f'{name}/top1')
+        assert [event.step for event in scalars] == [int(row['step']) for row in mine]
+        assert [event.value for event in scalars] == pytest.approx([float(row['top1']) for row in mine])
+
+
+def test_a_tracker_that_is_not_there_is_one_line(tmp_path):
+    with pytest.raises(ValueError, match=r"tracker 'paper' is unknown or not installed; there is: none"):
+        train.main([*QUICK, 'tracker=paper', f'output={tmp_path / "run"}'])
+
+
+def test_facts_name_the_commit(smoke):
+    git = ['git', '-C', str(ROOT), 'rev-parse', 'HEAD']
+    found = subprocess.run(git, capture_output=True, text=True, check=False)
+    if found.returncode:
+        pytest.skip('this is no clone')
+    commit = load_ticket(smoke[0] / 'superticket_mbv2_s50').facts['commit']
+    assert commit.removesuffix('-dirty') == found.stdout.strip()
+
+
+def test_a_run_that_knew_fewer_keys_goes_on(smoke, tmp_path, monkeypatch):
+    output = tmp_path / 'run'
+    shutil.copytree(smoke[0], output)
+    lines = (output / 'config.yaml').read_text().splitlines(keepends=True)
+    older = [line for line in lines if not line.startswith(('accumulate', 'tracker'))]
+    assert len(older) == len(lines) - 2
+    (output / 'config.yaml').write_text(''.join(older))
+    monkeypatch.setattr(train, 'train', None)
+    train.main([*SMOKE, f'output={output}'])
+    with pytest.raises(ValueError, match=r'another run \(accumulate is 1 there, 2 here\)'):
+        train.main([*SMOKE, 'accumulate=2', f'output={output}'])
+
+
 def test_another_run_in_the_folder_is_left_alone(tmp_path):
     train.main([*QUICK, f'output={tmp_path / "run"}'])
     before = ticket_bytes(tmp_path / 'run')
@@ -252,3 +465,12 @@ def test_state_survives_a_fork(tmp_path, monkeypatch):
     for a, b in zip(with_branches, without, strict=True):
         for name, tensor in a.net.state_dict().items():
             assert torch.equal(tensor, b.net.state_dict()[name])
+
+
+def test_gradients_that_overflow_are_not_large():
+    """Else fp16 would let just those come back."""
+    net = torch.nn.Sequential(torch.nn.Linear(4, 1, bias=False))
+    state = train.start(Config(), net, Mask.dense(prunable(net)))
+    net[0].weight.grad = torch.tensor([[1.5, float('inf'), float('-inf'), float('nan')]])
+    state.keep_gradients()
+    assert state.gradients['0.weight'].tolist() == [[1.5, 0, 0, 0]]

@@ -1,0 +1,66 @@
+"""Program: how a recipe that trains is run, stopped and ended: by a signal, or with one line for what went wrong."""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from types import FrameType
+
+HURRY = 1.0  # seconds after which a signal is another one; launchers pass on what a terminal sends anyway
+received: list[signal.Signals] = []
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop.
+
+    Args:
+        number: The signal's.
+        text: Where the run is, and how it goes on.
+    """
+
+    def __init__(self, number: int, text: str) -> None:
+        super().__init__(f'stopped by {signal.Signals(number).name} {text}')
+        self.number = number
+
+
+def program(main: Callable[[list[str]], None]) -> None:
+    """Run a recipe with the command line's arguments, and leave with the exit code that shells expect.
+
+    SIGINT and SIGTERM are noted, and obeyed between two steps; a second one stops at once.
+
+    Args:
+        main: The recipe's.
+    """
+    last = time.monotonic()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal last
+        name = signal.Signals(number).name
+        if not received:
+            received.append(signal.Signals(number))
+            last = time.monotonic()
+            tell(f'{name}: stopping after this step; a second one stops at once')
+        elif time.monotonic() - last > HURRY:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, note)
+    try:
+        main(sys.argv[1:])
+    except Stopped as stopped:
+        tell(str(stopped))
+        sys.exit(128 + stopped.number)
+    except ValueError as error:
+        sys.exit(f'error: {error}')
+    except OSError as error:
+        if error.filename is None:  # not a matter of files
+            raise
+        sys.exit(f'error: {error}; what was saved before is whole, and the same command goes on from it')
+
+
+def tell(text: str) -> None:
+    """Print a line of a machine's first process, past all buffers: a signal may come in the middle of a print."""
+    if os.environ.get('LOCAL_RANK', '0') == '0':
+        os.write(2, f'\n{text}\n'.encode())
