@@ -6,6 +6,7 @@ from parts.scenes import write_scenes
 
 from timm_supertickets import load_ticket
 
+pytestmark = pytest.mark.slow
 FEW = 'rounds=1,round_steps=2,batch_size=4,recalibrate=1,workers=0'
 
 
