@@ -156,7 +156,7 @@ def test_a_model_of_fixed_size_is_built_for_the_size_asked_for(transformer, tmp_
 
 def spoil(monkeypatch, suffix, change):
     """What is exported differs from the ticket."""
-    write = getattr(export, f'_{suffix}')
+    write = getattr(export, f'to_{suffix}')
 
     def spoiled(model, *args):
         twin = timm.create_model('superticket_mbv2', arch=ARCH, num_classes=5).eval()
@@ -164,7 +164,7 @@ def spoil(monkeypatch, suffix, change):
         change(twin.state_dict())
         return write(twin, *args)
 
-    monkeypatch.setattr(export, f'_{suffix}', spoiled)
+    monkeypatch.setattr(export, f'to_{suffix}', spoiled)
 
 
 @pytest.mark.parametrize('suffix', ['onnx', 'pt2'])

@@ -70,9 +70,9 @@ def bake(model: nn.Module) -> nn.Module:
     baked: Any = copy.deepcopy(model).cpu().double().eval()  # not every device has float64
     baked.set_grad_checkpointing(False)
     _fold_all_(baked)
-    weights = inf
-    while (left := sum(param.numel() for param in baked.parameters())) < weights:  # one gone can make another unread
-        weights = left
+    before = inf
+    while (left := sum(p.numel() + int(p.count_nonzero()) for p in baked.parameters())) < before:
+        before = left  # what goes can leave more unread
         _thin_blocks_(baked)
         _thin_head_(baked)
         for writers, readers in _streams(baked):

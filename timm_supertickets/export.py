@@ -87,7 +87,7 @@ def export_ticket(
     config['pretrained_cfg']['input_size'] = size
     written = bake_model(model) if bake else model
     mask = {name: weight != 0 for name, weight in prunable(written).items()} if bake else ticket.mask
-    write, read = (to_onnx, _read_onnx) if file.suffix == '.onnx' else (_pt2, _read_pt2)
+    write, read = (to_onnx, _read_onnx) if file.suffix == '.onnx' else (to_pt2, _read_pt2)
     data = write(written, size, batch, json.dumps(config))
     weights, run = read(data)
     dead = _count_dead(written.state_dict().keys(), mask, weights)
@@ -168,7 +168,8 @@ def open_onnx(data: bytes, threads: int = 0) -> Any:
     return onnxruntime.InferenceSession(data, options, providers=['CPUExecutionProvider'])
 
 
-def _pt2(model: nn.Module, size: tuple[int, int, int], batch: int | None, config: str) -> bytes:
+def to_pt2(model: nn.Module, size: tuple[int, int, int], batch: int | None, config: str) -> bytes:
+    """A model as the content of a .pt2 file; arguments as those of `to_onnx`."""
     images, shapes = _images(size, batch)
     file = io.BytesIO()
     program = torch.export.export(model, (images,), dynamic_shapes=shapes)
