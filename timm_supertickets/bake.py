@@ -17,9 +17,10 @@ from .models.mbv2 import MixedMobileNetV2
 
 # what these return; both are monotone. Any other activation may return anything
 RANGES = {nn.ReLU: (0.0, inf), nn.ReLU6: (0.0, 6.0)}
-# Channels of one launch come in multiples of the first of these that costs at most a quarter more of them: onnxruntime
+# Channels of one launch come in multiples of the first of these that leaves at most SURPLUS more weights: onnxruntime
 # takes more than twice as long where its blocked layouts do not fit, and torch a little longer; 16 gains no more than 8
 STEPS = (8, 4, 1)
+SURPLUS = 1 / 8
 STATISTICS = ('weight', 'bias', 'running_mean', 'running_var')
 
 
@@ -67,7 +68,7 @@ def bake(model: nn.Module) -> nn.Module:
         raise ValueError(
             f'only members of the spaces hr and mbv2 can be baked, got {type(model).__name__}; bake before wrapping'
         )
-    baked: Any = copy.deepcopy(model).cpu().double().eval()  # not every device has float64
+    baked: Any = copy.deepcopy(model).cpu().double()  # not every device has float64
     baked.set_grad_checkpointing(False)
     _fold_all_(baked)
     before = inf
@@ -80,7 +81,7 @@ def bake(model: nn.Module) -> nn.Module:
     for module in baked.modules():
         if isinstance(module, MixedBlock):
             _arrange_(module)
-    baked.requires_grad_(False).zero_grad()
+    baked.eval().requires_grad_(False).zero_grad()
     # channels_last: on a CPU, of the time that contiguous weights take, 0.3 to 0.4 in batches of 32 images of 32x32,
     # 0.7 to 0.8 for one such image, and the same for one of 224x224
     result: nn.Module = baked.to(**get_device_dtype(model), memory_format=torch.channels_last)
@@ -199,16 +200,25 @@ def _arrange_(block: Any) -> None:
 
     Dead channels come first, to fill up a step, and each step has the size that its last channel needs.
     """
-    need = _extent(block.conv_dw.weight)
-    step = next(step for step in STEPS if 4 * (-len(need) % step) <= len(need))
-    fill = -len(need) % step
-    _take_hidden_(block, torch.cat([torch.zeros(fill, dtype=torch.long), need.argsort(stable=True)]))
     pw, dw, pwl = block.conv_pw, block.conv_dw, block.conv_pwl
+    need, order = _extent(dw.weight).sort(stable=True)
+    beside = pw.in_channels + pwl.out_channels
+    weights = {step: int((_stepped(need, step).square() + beside).sum()) for step in STEPS}
+    step = next(step for step in STEPS if weights[step] <= (1 + SURPLUS) * weights[1])
+    sizes = _stepped(need, step)
+    fill = len(sizes) - len(need)
+    _take_hidden_(block, F.pad(order, (fill, 0)))
+    dw = block.conv_dw
     for tensor in (pw.weight, pw.bias, dw.weight, dw.bias, pwl.weight.transpose(0, 1)):
         tensor[:fill] = 0
-    sizes, steps = _extent(dw.weight).view(-1, step).amax(1).unique(return_counts=True)
-    kernels = dict(zip(sizes.tolist(), (step * steps).tolist(), strict=True))
+    kernels = {int(size): int((sizes == size).sum()) for size in sizes.unique()}
     block.conv_dw = _depthwise(kernels, dw, dw.weight, dw.bias)
+
+
+def _stepped(need: Tensor, step: int) -> Tensor:
+    """Kernel sizes in whole steps, from those that channels need, in order; the first of them are of dead channels."""
+    filled = F.pad(need, (-len(need) % step, 0), value=1)
+    return filled.view(-1, step).amax(1).repeat_interleave(step)
 
 
 def _depthwise(kernels: dict[int, int], like: nn.Conv2d, taps: Tensor, bias: Tensor) -> Any:
@@ -331,7 +341,7 @@ def _thin_stream_(writers: list[nn.Module], readers: list[nn.Module]) -> None:
 def _filled(keep: Tensor) -> Tensor:
     """Indices of the channels to keep, at least one, and of others that fill up a step."""
     count = max(1, int(keep.sum()))
-    step = next(step for step in STEPS if 4 * (-count % step) <= count)
+    step = next(step for step in STEPS if -count % step <= SURPLUS * count)
     wanted = min(count + -count % step, len(keep))
     return keep.logical_not().byte().argsort(stable=True)[:wanted].sort().values
 
