@@ -217,7 +217,7 @@ def test_a_baked_file_is_checked_as_any_other(ticket, tmp_path, monkeypatch, suf
         model.classifier.bias[0] += 1e-2
 
     def living(model):
-        weight = model.blocks[0][0].conv_pw.weight
+        weight = model.blocks[0][0].branches.k3.conv_pw.weight
         weight[tuple((weight == 0).nonzero()[0].tolist())] = 1e-30
 
     def spoil_baked(change):
@@ -232,7 +232,7 @@ def test_a_baked_file_is_checked_as_any_other(ticket, tmp_path, monkeypatch, suf
     with pytest.raises(ValueError, match='its scores differ from the ticket by'):
         export_ticket(ticket, tmp_path / f'x.{suffix}', bake=True)
     spoil_baked(living)
-    with pytest.raises(ValueError, match=r"lost the zeros of 'blocks\.0\.0\.conv_pw\.weight'"):
+    with pytest.raises(ValueError, match=r"lost the zeros of 'blocks\.0\.0\.branches\.k3\.conv_pw\.weight'"):
         export_ticket(ticket, tmp_path / f'x.{suffix}', bake=True)
     assert not list(tmp_path.iterdir())
 
