@@ -370,7 +370,9 @@ def test_channels_fill_up_steps(alive, channels):
     blocks(model)[0].conv_pwl.weight[:, alive:] = 0
     baked = same(model)
     assert hidden(baked) == [channels, 3, 3]
-    assert int(blocks(baked)[0].conv_pwl.weight.any(0).sum()) == alive
+    (branch,) = blocks(baked)[0].branches.values()
+    for living in (blocks(baked)[0].conv_pwl.weight.any(0), branch.conv_pw.weight.any(1), branch.conv_pw.bias):
+        assert int(living.count_nonzero()) == alive
 
 
 @torch.no_grad()

@@ -194,7 +194,10 @@ def _thin_blocks_(model: nn.Module) -> None:
 
 
 def _join_(block: Any) -> None:
-    """Make the depthwise convolutions one of the largest kernel size, until the channels that stay are known."""
+    """Make the depthwise convolutions one of the largest kernel size, until the channels that stay are known.
+
+    It is looked at and thinned, but never run.
+    """
     convs = _side_by_side(block.conv_dw)
     size = max(conv.kernel_size[0] for conv in convs)
     taps = [F.pad(conv.weight, [(size - conv.kernel_size[0]) // 2] * 4) for conv in convs]
@@ -385,8 +388,6 @@ def _take_out_(layer: Any, index: Tensor) -> None:
     if not isinstance(layer, Shift):
         layer.weight = nn.Parameter(layer.weight[index])
         layer.out_channels = len(index)
-        if layer.groups > 1:  # depthwise
-            layer.groups = layer.in_channels = len(index)
     layer.bias = nn.Parameter(layer.bias[index])
 
 
