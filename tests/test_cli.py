@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 
-from timm_supertickets import Mask, Ticket, cli, hub, load_ticket, prunable, show
+from timm_supertickets import Mask, Ticket, bench, cli, export, hub, load_ticket, prunable, show
 from timm_supertickets.models.hr import block_places
 
 ROOT = Path(__file__).parents[1]
@@ -361,6 +361,44 @@ def test_push_and_pull_pass_on_what_they_are_told(capsys, folder, tmp_path, monk
     ]
 
 
+def test_export_says_what_it_wrote(capsys, folder, tmp_path):
+    code, out, _ = run(capsys, 'export', folder, tmp_path / 'x.pt2', '--batch', '2')
+    wrote, zeros, scores = out.splitlines()
+    size = f'{(tmp_path / "x.pt2").stat().st_size:,}'
+    assert (code, wrote) == (0, f'wrote {tmp_path / "x.pt2"}: {size} bytes, takes 2 x 3 x 32 x 32')
+    assert zeros == 'zeros: all 82 dead weights are zero in it'
+    assert scores == 'scores: off by 0.0e+00 of the largest at most, on random images'
+    # block 0's four channels with a dead expansion are the constant 0, and go; the dead taps in block 1 stay
+    code, out, _ = run(capsys, 'export', folder, tmp_path / 'baked.pt2', '--bake')
+    wrote, baked, zeros, _ = out.splitlines()
+    assert (code, wrote[:5]) == (0, 'wrote')
+    left = 672 - 4 * (8 + 9 + 8)
+    assert baked == f'baked: {left} prunable weights are left, {left - 50} of them alive'
+    assert zeros == 'zeros: all 50 dead weights are zero in it'
+
+
+def test_bench_prints_a_table_and_what_is_missing(capsys, folder, monkeypatch):
+    calls = []
+
+    def measured(*_, **options):
+        calls.append(options)
+        return [bench.Timing('torch', 10**6, [0.001, 0.003], [1.0, 1.0])]
+
+    monkeypatch.setattr(bench, 'bench_ticket', measured)
+    monkeypatch.setattr(export, 'missing_for_onnx', lambda: ['onnxruntime'])
+    code, out, _ = run(capsys, 'bench', folder, '--img-size', '64', '--threads', '2', '--repeats', '2', '--compile')
+    assert code == 0
+    assert out.splitlines()[1].split() == ['torch', '2.00', '1.50', 'to', '2.50', '1.00', '1.00']
+    assert out.splitlines()[2] == (
+        "onnxruntime is not measured without onnxruntime: pip install 'timm_supertickets[export]'"
+    )
+    run(capsys, 'bench', folder)
+    assert calls == [
+        {'img_size': 64, 'threads': 2, 'repeats': 2, 'compiled': True},
+        {'img_size': None, 'threads': None, 'repeats': 50, 'compiled': False},
+    ]
+
+
 @pytest.mark.parametrize(
     ('argv', 'expected'),
     [
@@ -380,6 +418,10 @@ def test_push_and_pull_pass_on_what_they_are_told(capsys, folder, tmp_path, monk
         (['export', 'gone', 'x.pt2'], 'gone does not exist'),
         (['export', 'mine', 'x.pt2', '--batch', '0'], 'batch must be at least 1, got 0'),
         (['export', 'mine', 'x.pt2', '--batch', 'two'], "argument --batch: invalid int value: 'two'"),
+        (['bench', 'gone'], 'gone does not exist'),
+        (['bench', 'mine', '--repeats', '1'], 'repeats must be at least 2, got 1'),
+        (['bench', 'mine', '--threads', '0'], 'threads must be at least 1, got 0'),
+        (['bench', 'mine', '--img-size', '-8'], 'img_size must be at least 1, got -8'),
         (['train'], "invalid choice: 'train'"),
         ([], 'the following arguments are required: COMMAND (see supertickets --help)'),
         (['show'], 'the following arguments are required: ticket (see supertickets show --help)'),
@@ -452,7 +494,7 @@ def test_every_command_has_a_sentence_and_an_example_that_parses(capsys):
         cli.main(['--help'])
     assert done.value.code == 0
     listed = capsys.readouterr().out
-    for name in ('list', 'show', 'verify', 'card', 'push', 'pull', 'export'):
+    for name in ('list', 'show', 'verify', 'card', 'push', 'pull', 'export', 'bench'):
         assert f'\n    {name} ' in listed
         with pytest.raises(SystemExit):
             cli.main([name, '--help'])

@@ -1,3 +1,4 @@
+import copy
 import json
 import zipfile
 
@@ -98,6 +99,7 @@ def test_pt2_is_the_same_function(ticket, pt2_file, batch):
     for name, alive in ticket.mask.items():
         assert torch.equal(program.state_dict[name] == 0, ~alive)
     assert (done.dead, done.error, done.size) == (dead(ticket), 0.0, file.stat().st_size)
+    assert done.weights == ticket.mask.total
 
 
 def test_pt2_holds_no_images(pt2_file):
@@ -156,7 +158,7 @@ def test_a_model_of_fixed_size_is_built_for_the_size_asked_for(transformer, tmp_
 
 def spoil(monkeypatch, suffix, change):
     """What is exported differs from the ticket."""
-    write = getattr(export, f'_{suffix}')
+    write = getattr(export, f'to_{suffix}')
 
     def spoiled(model, *args):
         twin = timm.create_model('superticket_mbv2', arch=ARCH, num_classes=5).eval()
@@ -164,7 +166,81 @@ def spoil(monkeypatch, suffix, change):
         change(twin.state_dict())
         return write(twin, *args)
 
-    monkeypatch.setattr(export, f'_{suffix}', spoiled)
+    monkeypatch.setattr(export, f'to_{suffix}', spoiled)
+
+
+@pytest.fixture(scope='module')
+def cut_ticket():
+    """Two hidden channels of the first block are read by nothing."""
+    ticket = draw(arch={**ARCH, 'blocks': [{'3': 8, '7': 2}, {'3': 4, '5': 4}, {}]})
+    name = 'blocks.0.0.conv_pwl.weight'
+    ticket.mask[name][:, :2] = False
+    ticket.weights[name][:, :2] = 0
+    return ticket
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('suffix', ['onnx', 'pt2'])
+def test_a_baked_ticket_is_smaller_and_scores_the_same(cut_ticket, tmp_path, suffix):
+    plain, done = (
+        export_ticket(cut_ticket, tmp_path / f'{name}.{suffix}', bake=name == 'baked') for name in ('plain', 'baked')
+    )
+    file = tmp_path / f'baked.{suffix}'
+    images = torch.randn(3, 3, 32, 32)
+    if suffix == 'onnx':
+        session = onnxruntime.InferenceSession(file, providers=['CPUExecutionProvider'])
+        found = torch.from_numpy(session.run(None, {'images': images.numpy()})[0])
+        read = {entry.name: onnx.numpy_helper.to_array(entry) for entry in onnx.load(file).graph.initializer}
+        config = json.loads(onnx.load(file).metadata_props[0].value)
+    else:
+        extra = {'config.json': ''}
+        program = torch.export.load(file, extra_files=extra)
+        found, read = program.module()(images), dict(program.state_dict)
+        config = json.loads(extra['config.json'])
+    assert close(found, cut_ticket.build()(images))
+    assert config == json.loads(json.dumps(cut_ticket.config()))
+    inside = [name for name, value in read.items() if value.ndim == 4 and name.startswith(('blocks', 'conv_head'))]
+    assert done.weights == sum(np.asarray(read[name]).size for name in inside) < plain.weights
+    assert done.dead == sum(int((np.asarray(read[name]) == 0).sum()) for name in inside) < plain.dead
+    assert done.weights - done.dead <= plain.weights - plain.dead
+    assert not [name for name in read if 'running' in name]
+    assert plain.weights - done.weights >= 2 * (8 + 8)
+    assert (done.size, done.batch) == (file.stat().st_size, None)
+    assert done.error <= 1e-5
+
+
+@pytest.mark.parametrize('suffix', ['onnx', 'pt2'])
+def test_a_baked_file_is_checked_as_any_other(ticket, tmp_path, monkeypatch, suffix):
+    write = getattr(export, f'to_{suffix}')
+
+    def other_score(model):
+        model.classifier.bias[0] += 1e-2
+
+    def living(model):
+        weight = model.blocks[0][0].branches.k3.conv_pw.weight
+        weight[tuple((weight == 0).nonzero()[0].tolist())] = 1e-30
+
+    def spoil_baked(change):
+        def spoiled(model, *args):
+            twin = copy.deepcopy(model)
+            change(twin)
+            return write(twin, *args)
+
+        monkeypatch.setattr(export, f'to_{suffix}', spoiled)
+
+    spoil_baked(other_score)
+    with pytest.raises(ValueError, match='its scores differ from the ticket by'):
+        export_ticket(ticket, tmp_path / f'x.{suffix}', bake=True)
+    spoil_baked(living)
+    with pytest.raises(ValueError, match=r"lost the zeros of 'blocks\.0\.0\.branches\.k3\.conv_pw\.weight'"):
+        export_ticket(ticket, tmp_path / f'x.{suffix}', bake=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_stock_ticket_is_not_baked(transformer, tmp_path):
+    with pytest.raises(ValueError, match='only members of the spaces hr and mbv2 can be baked, got VisionTransformer'):
+        export_ticket(transformer, tmp_path / 'x.pt2', bake=True)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize('suffix', ['onnx', 'pt2'])

@@ -5,6 +5,7 @@ Importing this package registers its models with timm.
 
 from . import models as models
 from .arch import Arch
+from .bake import bake
 from .hub import pull_ticket, push_ticket
 from .sparsity.keep import keep_sparse
 from .sparsity.mask import Mask, prunable
@@ -14,6 +15,7 @@ __all__ = [
     'Arch',
     'Mask',
     'Ticket',
+    'bake',
     'keep_sparse',
     'load_ticket',
     'prunable',

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
-from . import card, export, hub, show
+from . import bench, card, export, hub, show
 from .hub import HUB, find_ticket
 from .ticket import PACKED, load_ticket, locate, verify_ticket
 
@@ -127,13 +127,28 @@ def make_parser() -> argparse.ArgumentParser:
         'What is written is read again first: every dead weight must still be zero, and the scores of random images '
         'must be those of the ticket to 1e-5 of the largest. ONNX needs the extra timm_supertickets[export].',
         'output/mbv2_digits/superticket_mbv2_s90 digits.onnx',
-        'hf-hub:me/superticket_mbv2_s90.st_in1k photos.pt2 --img-size 256 --batch 1',
+        'hf-hub:me/superticket_mbv2_s90.st_in1k photos.pt2 --img-size 256 --batch 1 --bake',
     )  # fmt: skip
     sub.add_argument('ticket', help=TICKET)
     sub.add_argument('file', type=Path, help='*.onnx or *.pt2')
     sub.add_argument('--img-size', type=int, metavar='N', help="height and width of images; by default the ticket's")
     sub.add_argument('--batch', type=int, metavar='N', help='a fixed number of images at once; by default any number')
+    sub.add_argument(
+        '--bake', action='store_true', help='fold batch norm and leave out what zeros made constant or unread: faster'
+    )
     sub.add_argument('--force', action='store_true', help='replace FILE if it exists')
+
+    sub = command(
+        'bench', run_bench, 'measure how long an image takes on this machine, as it is and baked',
+        'Ways to run the ticket take turns on the CPU, one image at a time; medians and their ratios are what to '
+        'look at. onnxruntime is measured if timm_supertickets[export] is installed.',
+        'superticket_mbv2_s90 --threads 1',
+    )  # fmt: skip
+    sub.add_argument('ticket', help=TICKET)
+    sub.add_argument('--img-size', type=int, metavar='N', help="height and width of images; by default the ticket's")
+    sub.add_argument('--threads', type=int, metavar='N', help="by default torch's choice")
+    sub.add_argument('--repeats', type=int, metavar='N', default=50, help='turns of each (default: %(default)s)')
+    sub.add_argument('--compile', action='store_true', help='torch.compile as well; needs a compiler, takes minutes')
     return parser
 
 
@@ -218,13 +233,36 @@ def run_pull(args: argparse.Namespace) -> int:
 def run_export(args: argparse.Namespace) -> int:
     """A file that runs without this package."""
     done = export.export_ticket(
-        find_ticket(args.ticket), args.file, img_size=args.img_size, batch=args.batch, force=args.force
+        find_ticket(args.ticket),
+        args.file,
+        img_size=args.img_size,
+        batch=args.batch,
+        bake=args.bake,
+        force=args.force,
     )
     console = show.make_console()
     shape = ' x '.join(map(str, (done.batch or 'any', *done.input_size)))
     console.print(f'wrote {done.file}: {done.size:,} bytes, takes {shape}', soft_wrap=True)
+    if args.bake:
+        console.print(f'baked: {done.weights:,} prunable weights are left, {done.weights - done.dead:,} of them alive')
     console.print(f'zeros: all {done.dead:,} dead weights are zero in it')
     console.print(f'scores: off by {done.error:.1e} of the largest at most, on random images')
+    return 0
+
+
+def run_bench(args: argparse.Namespace) -> int:
+    """A table."""
+    timings = bench.bench_ticket(
+        find_ticket(args.ticket),
+        img_size=args.img_size,
+        threads=args.threads,
+        repeats=args.repeats,
+        compiled=args.compile,
+    )
+    console = show.make_console()
+    bench.show_timings(console, timings)
+    if missing := export.missing_for_onnx():
+        console.print(f'onnxruntime is not measured without {", ".join(missing)}: {export.INSTALL}')
     return 0
 
 

@@ -2,19 +2,25 @@
 
 import io
 import json
+import warnings
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from torch import Tensor, nn
 
+from .bake import bake as bake_model
 from .files import write_atomic
+from .sparsity.mask import prunable
 from .ticket import CONFIG, Ticket
 
 FORMATS = ('.onnx', '.pt2')
 NEEDED = ('onnx', 'onnxruntime', 'onnxscript')
+INSTALL = "pip install 'timm_supertickets[export]'"
 TOLERANCE = 1e-5
 
 
@@ -25,7 +31,8 @@ class Exported:
     Args:
         file: Where.
         size: Its bytes.
-        dead: Dead weights; every one is zero in the file.
+        weights: Prunable weights in the file: of a baked ticket, those that are left.
+        dead: How many of them are dead; every one is zero in the file.
         error: Largest difference of its scores to the ticket's, as a share of the largest score.
         input_size: `(C, H, W)` of the images that it takes.
         batch: How many at once; None for any number.
@@ -33,6 +40,7 @@ class Exported:
 
     file: Path
     size: int
+    weights: int
     dead: int
     error: float
     input_size: tuple[int, int, int]
@@ -40,24 +48,32 @@ class Exported:
 
 
 def export_ticket(
-    ticket: Ticket, file: str | Path, *, img_size: int | None = None, batch: int | None = None, force: bool = False
+    ticket: Ticket,
+    file: str | Path,
+    *,
+    img_size: int | None = None,
+    batch: int | None = None,
+    bake: bool = False,
+    force: bool = False,
 ) -> Exported:
     """Write a ticket as one file that runs without this package.
 
     What is about to be written is loaded again and checked first: dead weights must be zero where they were dead
     (runtimes fold batch norm into convolutions, which scales weights), and scores of random images must be the
-    ticket's. Its config.json travels inside: as metadata `config` in ONNX, as an extra file in .pt2.
+    ticket's, also where it is baked: then the zeros are those of the weights that are left. Its config.json travels
+    inside: as metadata `config` in ONNX, as an extra file in .pt2.
 
     Args:
         ticket: To be exported, in eval mode.
         file: `*.onnx` or `*.pt2`.
         img_size: Height and width of the images; by default those of the ticket's `pretrained_cfg`.
         batch: A fixed number of images at once; None lets the file take any number.
+        bake: Whether to write `timm_supertickets.bake(model)`, which is smaller and faster.
         force: Whether an existing file may be replaced.
 
     Raises:
-        ValueError: The file has another suffix, its folder is missing, it exists, a package is not installed, or a
-            check fails; then nothing is written.
+        ValueError: The file has another suffix, its folder is missing, it exists, a package is not installed, a
+            ticket to be baked is no member of a space, or a check fails; then nothing is written.
     """
     file = Path(file)
     _check_target(file, force)
@@ -65,20 +81,28 @@ def export_ticket(
         if value is not None and value < 1:
             raise ValueError(f'{name} must be at least 1, got {value}')
     resized = {'img_size': img_size} if img_size and ticket.pretrained_cfg.get('fixed_input_size') else {}
-    model: Any = ticket.build(**resized)
-    chans, height, width = ticket.pretrained_cfg.get('input_size') or model.pretrained_cfg['input_size']
-    size = (chans, img_size or height, img_size or width)
+    model = ticket.build(**resized)
+    size = input_size(ticket, img_size)
     config = ticket.config()
     config['pretrained_cfg']['input_size'] = size
-    write, read = (_onnx, _read_onnx) if file.suffix == '.onnx' else (_pt2, _read_pt2)
-    data = write(model, size, batch, json.dumps(config))
+    written = bake_model(model) if bake else model
+    mask = {name: weight != 0 for name, weight in prunable(written).items()} if bake else ticket.mask
+    write, read = (to_onnx, _read_onnx) if file.suffix == '.onnx' else (to_pt2, _read_pt2)
+    data = write(written, size, batch, json.dumps(config))
     weights, run = read(data)
-    dead = _count_dead(ticket, weights)
+    dead = _count_dead(written.state_dict().keys(), mask, weights)
     errors = [_error(model, run, size, images) for images in ([batch] if batch else [1, 3])]
     if not all(error <= TOLERANCE for error in errors):  # nan is not
         raise ValueError(f'{file}: its scores differ from the ticket by {errors} of the largest; nothing is written')
     write_atomic(file, data)
-    return Exported(file, len(data), dead, max(errors), size, batch)
+    return Exported(file, len(data), sum(alive.numel() for alive in mask.values()), dead, max(errors), size, batch)
+
+
+def input_size(ticket: Ticket, img_size: int | None = None) -> tuple[int, int, int]:
+    """`(C, H, W)` of the images that a ticket takes, or of those of another height and width."""
+    cfg: Any = timm.get_pretrained_cfg(ticket.architecture)
+    chans, height, width = ticket.pretrained_cfg.get('input_size') or cfg.input_size
+    return chans, img_size or height, img_size or width
 
 
 def _check_target(file: Path, force: bool) -> None:
@@ -88,11 +112,13 @@ def _check_target(file: Path, force: bool) -> None:
         raise ValueError(f'{file}: the folder {file.parent} does not exist')
     if file.exists() and not (force and file.is_file()):
         raise ValueError(f'{file} exists; {"force replaces it" if file.is_file() else "it is not a file"}')
-    missing = [name for name in NEEDED if find_spec(name) is None] if file.suffix == '.onnx' else []
-    if missing:
-        raise ValueError(
-            f"writing ONNX needs {', '.join(missing)}, not installed: pip install 'timm_supertickets[export]'"
-        )
+    if file.suffix == '.onnx' and (missing := missing_for_onnx()):
+        raise ValueError(f'writing ONNX needs {", ".join(missing)}, not installed: {INSTALL}')
+
+
+def missing_for_onnx() -> list[str]:
+    """Packages that ONNX needs and that are not installed."""
+    return [name for name in NEEDED if find_spec(name) is None]
 
 
 def _images(size: tuple[int, int, int], batch: int | None) -> tuple[Tensor, Any]:
@@ -101,7 +127,15 @@ def _images(size: tuple[int, int, int], batch: int | None) -> tuple[Tensor, Any]
     return images, None if batch else ({0: torch.export.Dim('batch')},)
 
 
-def _onnx(model: nn.Module, size: tuple[int, int, int], batch: int | None, config: str) -> bytes:
+def to_onnx(model: nn.Module, size: tuple[int, int, int], batch: int | None, config: str = '') -> bytes:
+    """A model as the content of an .onnx file, from `images` to `scores`.
+
+    Args:
+        model: In eval mode.
+        size: `(C, H, W)` of its images.
+        batch: How many at once; None for any number.
+        config: Metadata.
+    """
     images, shapes = _images(size, batch)
     program = torch.onnx.export(
         model, (images,), dynamo=True, dynamic_shapes=shapes, input_names=['images'], output_names=['scores'],
@@ -118,22 +152,33 @@ def _onnx(model: nn.Module, size: tuple[int, int, int], batch: int | None, confi
 
 def _read_onnx(data: bytes) -> tuple[dict[str, Tensor], Any]:
     import onnx
-    import onnxruntime  # type: ignore[import-untyped]
 
     constants = onnx.load_from_string(data).graph.initializer
-    session = onnxruntime.InferenceSession(data, providers=['CPUExecutionProvider'])
+    session = open_onnx(data)
     weights = {entry.name: torch.from_numpy(onnx.numpy_helper.to_array(entry).copy()) for entry in constants}
     return weights, lambda images: torch.from_numpy(session.run(None, {'images': images.numpy()})[0])
 
 
-def _pt2(model: nn.Module, size: tuple[int, int, int], batch: int | None, config: str) -> bytes:
+def open_onnx(data: bytes, threads: int = 0) -> Any:
+    """A session of onnxruntime on the CPU; 0 threads are as many as there are cores."""
+    import onnxruntime  # type: ignore[import-untyped]
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    return onnxruntime.InferenceSession(data, options, providers=['CPUExecutionProvider'])
+
+
+def to_pt2(model: nn.Module, size: tuple[int, int, int], batch: int | None, config: str) -> bytes:
+    """A model as the content of a .pt2 file; arguments as those of `to_onnx`."""
     images, shapes = _images(size, batch)
     file = io.BytesIO()
     program = torch.export.export(model, (images,), dynamic_shapes=shapes)
     program.example_inputs = None  # would be saved as well, and so would paths of this machine
     for node in program.graph.nodes:
         node.meta.pop('stack_trace', None)
-    torch.export.save(program, file, extra_files={CONFIG: config})
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'No complete tensor')  # weights in channels_last; they are read as they were
+        torch.export.save(program, file, extra_files={CONFIG: config})
     return file.getvalue()
 
 
@@ -142,14 +187,14 @@ def _read_pt2(data: bytes) -> tuple[dict[str, Tensor], Any]:
     return dict(program.state_dict), program.module()
 
 
-def _count_dead(ticket: Ticket, weights: dict[str, Tensor]) -> int:
+def _count_dead(names: Collection[str], mask: Mapping[str, Tensor], weights: dict[str, Tensor]) -> int:
     """Counts the dead weights; every one must be zero in the weights that were read back.
 
     ONNX keeps the names of convolutions, but transposes linear layers under new names.
     """
     dead = 0
-    unnamed = {name: tensor for name, tensor in weights.items() if name not in ticket.weights}
-    for name, alive in ticket.mask.items():
+    unnamed = {name: tensor for name, tensor in weights.items() if name not in names}
+    for name, alive in mask.items():
         pattern, found = ~alive, weights.get(name)
         if found is None:
             twins = (twin for twin, tensor in unnamed.items() if tensor.shape == alive.mT.shape and alive.ndim == 2)
