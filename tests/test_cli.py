@@ -289,7 +289,7 @@ def test_list_names_our_models_and_their_weights(capsys, tmp_path, monkeypatch):
     assert rows.pop('model') == 'pretrained weights'
     assert rows.pop('superticket_mbv2') == 'x, y'
     spaces = ('supernet_hr', 'supernet_hr_tiny', 'superticket_hr', 'supernet_mbv2', 'supernet_mbv2_tiny')
-    found = [f'superticket_mbv2_s{sparsity}' for sparsity in (50, 80, 90)]
+    found = [f'superticket_{space}_s{sparsity}' for space in ('hr', 'mbv2') for sparsity in (50, 80, 90)]
     assert rows == dict.fromkeys((*spaces, *found), '-')
 
 

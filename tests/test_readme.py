@@ -49,6 +49,7 @@ RUN = {
         names['model'].eval()([torch.rand(3, 64, 64)])[0].keys() == {'boxes', 'scores', 'labels'}
         and sparse(names['body']) > 0.79
     ),
+    'timm_supertickets.bake': lambda names: not names['model'].training and sparse(names['model']) > 0.8,
     'transformers': lambda names: sparse(names['model']) > 0.79 and len(names['kept'].mask) > 20,
 }
 

@@ -64,6 +64,16 @@ def test_they_need_no_network_and_no_current_directory(tmp_path):
     subprocess.run([sys.executable, '-c', code], cwd=tmp_path, env=env, check=True, capture_output=True)
 
 
+@pytest.mark.parametrize('sparsity', [50, 80, 90])
+def test_a_name_of_the_hr_space_is_an_arch_without_weights(sparsity):
+    model = timm.create_model(f'superticket_hr_s{sparsity}').eval()
+    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+    assert dict(model.arch.blocks[14]) == timm_supertickets.models.hr.FOUND[14] == {3: 31}
+    assert model.supernet_arch() == timm.create_model('supernet_hr_tiny').arch
+    with pytest.raises(RuntimeError, match=f'No pretrained weights exist for superticket_hr_s{sparsity}'):
+        timm.create_model(f'superticket_hr_s{sparsity}', pretrained=True)
+
+
 def test_a_name_without_weights_says_so():
     with pytest.raises(RuntimeError, match='No pretrained weights exist for superticket_mbv2'):
         timm.create_model('superticket_mbv2', pretrained=True)

@@ -31,7 +31,7 @@ from ..arch import Arch
 from ..attention import AttendedBlock, TokenPath, token_group
 from ..channels import ChannelGroup
 from ..layers import DroppedBlock, MixedBlock, block_group, residual
-from .build import carry_over, check_blocks, check_depth, check_ends, check_size, create, describe, positive
+from .build import carry_over, check_blocks, check_depth, check_ends, check_size, create, describe, member, positive
 
 torch.fx.wrap('check_size')
 
@@ -51,6 +51,43 @@ FULL: Stages = (
     ((2, 2, 3, 4), (18, 36, 72, 144)),
 )
 TINY: Stages = (((1,), (8,)), ((1, 1), (8, 12)), ((1, 1, 1), (8, 12, 16)), ((1, 1, 1, 1), (8, 12, 16, 24)))
+
+# What a search on the embedded digits left of supernet_hr_tiny: hidden channels by kernel size, block by block.
+FOUND = (
+    {3: 7, 5: 12, 7: 6},
+    {3: 12, 5: 8, 7: 6},
+    {3: 11, 5: 9, 7: 6},
+    {3: 12, 5: 9, 7: 13},
+    {3: 13, 5: 5, 7: 2},
+    {3: 25, 5: 19, 7: 16},
+    {3: 26, 5: 1},
+    {3: 47, 5: 46, 7: 48},
+    {3: 16, 5: 18, 7: 15},
+    {3: 21, 5: 19, 7: 26},
+    {3: 38, 5: 39, 7: 40},
+    {3: 30, 5: 2},
+    {3: 37, 5: 37, 7: 28},
+    {3: 56, 5: 57, 7: 60},
+    {3: 31},
+    {3: 47, 5: 47, 7: 47},
+    {3: 32, 5: 32, 7: 31},
+    {3: 48, 5: 47, 7: 45},
+    {3: 64, 5: 63, 7: 63},
+    {3: 47, 5: 43, 7: 41},
+    {3: 61, 5: 58, 7: 62},
+    {3: 63, 5: 64, 7: 62},
+    {3: 30},
+    {3: 48, 5: 48, 7: 47},
+    {3: 62, 5: 64, 7: 64},
+    {3: 95, 5: 96, 7: 95},
+    {3: 31},
+    {3: 47, 5: 48, 7: 46},
+    {3: 64, 5: 63, 7: 64},
+    {3: 96, 5: 96, 7: 96},
+    {3: 48, 5: 48, 7: 46},
+    {3: 64, 5: 64, 7: 62},
+    {3: 96, 5: 96, 7: 96},
+)
 
 
 class Place(NamedTuple):
@@ -659,11 +696,13 @@ def largest(arch: Arch) -> Arch:
     return Arch('hr', arch.shape, blocks, (tokens,) * len(places) if tokens else ())
 
 
+SMALL = {'input_size': (3, 32, 32), 'pool_size': (1, 1), 'crop_pct': 1.0, 'num_classes': 10}
 default_cfgs = generate_default_cfgs(
     {
         'supernet_hr.untrained': describe(),
-        'supernet_hr_tiny.untrained': describe(input_size=(3, 32, 32), pool_size=(1, 1), crop_pct=1.0, num_classes=10),
+        'supernet_hr_tiny.untrained': describe(**SMALL),
         'superticket_hr.untrained': describe(),
+        **{f'superticket_hr_s{sparsity}.untrained': describe(**SMALL) for sparsity in (50, 80, 90)},
     }
 )
 
@@ -698,3 +737,25 @@ def superticket_hr(pretrained: bool = False, arch: Any = None, **kwargs: Any) ->
     if arch is None:
         arch = full_arch(FULL, (24, 24), (36, 72, 144, 320, 1600), 90, 'classify')
     return _create('superticket_hr', pretrained, arch=arch, **kwargs)
+
+
+def _found() -> Arch:
+    return member(full_arch(TINY, (8, 8), (12, 16, 24, 32, 128), 24, 'classify'), FOUND)
+
+
+@register_model
+def superticket_hr_s50(pretrained: bool = False, **kwargs: Any) -> MixedHRNet:
+    """A member of the hr space for 32x32 images, to be half sparse; there are no pretrained weights yet."""
+    return _create('superticket_hr_s50', pretrained, arch=_found(), **kwargs)
+
+
+@register_model
+def superticket_hr_s80(pretrained: bool = False, **kwargs: Any) -> MixedHRNet:
+    """The member of `superticket_hr_s50`, to be 80 % sparse; there are no pretrained weights yet."""
+    return _create('superticket_hr_s80', pretrained, arch=_found(), **kwargs)
+
+
+@register_model
+def superticket_hr_s90(pretrained: bool = False, **kwargs: Any) -> MixedHRNet:
+    """The member of `superticket_hr_s50`, to be 90 % sparse; there are no pretrained weights yet."""
+    return _create('superticket_hr_s90', pretrained, arch=_found(), **kwargs)
