@@ -17,6 +17,7 @@ import timm
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
+from accelerate.utils import ProjectConfiguration
 from parts import plan
 from parts.backbone import searched_macs, ticket_part
 from parts.config import Config, Setup, parse
@@ -130,7 +131,7 @@ def create_accelerator(config: Setup) -> Accelerator:
     accelerator = Accelerator(
         gradient_accumulation_steps=config.accumulate,
         log_with=None if tracker == 'none' else tracker,
-        project_dir=config.output,
+        project_config=ProjectConfiguration(config.output, logging_dir=f'{config.output}/tracker'),
     )
     if accelerator.device.type == 'cpu':
         torch.set_num_threads(config.threads or max(1, (os.cpu_count() or 1) // accelerator.num_processes))

@@ -382,7 +382,7 @@ def test_tensorboard_shows_a_resumed_run_once(tmp_path, monkeypatch):
         train.main([*QUICK, 'tracker=tensorboard', f'output={output}'])
     monkeypatch.undo()
     train.main([*QUICK, 'tracker=tensorboard', f'output={output}'])
-    events = EventAccumulator(str(output / 'timm_supertickets')).Reload()
+    events = EventAccumulator(str(output / 'tracker/timm_supertickets')).Reload()
     rows = list(csv.DictReader((output / 'summary.csv').read_text().splitlines()))
     for name in ('trunk', 'superticket_mbv2_s40', 'superticket_mbv2_s80'):
         mine = [row for row in rows if row['name'] == name]
