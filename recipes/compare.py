@@ -9,18 +9,17 @@ on with what is there.
 import statistics
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 import train
-from parts.cells import Cell, arguments, claim, markdown, run_cells, spread, where_and_when
+from parts.cells import Cell, arguments, claim, markdown, run_cells, spread, where_and_when, write_results
 from parts.config import CONFIGS, Setup, parse
 
 from timm_supertickets import prunable
-from timm_supertickets.files import dump_json, write_atomic
 from timm_supertickets.pictures import DPI, create_figure
 
 ARMS = {
@@ -109,11 +108,9 @@ def main(argv: list[str]) -> None:
         run_cells([cell for cell in wave if not cell.marker.exists()], config.jobs)
     results = [measured(arm, target, seed, grid) for arm, target, seed in grid]
     folder = Path(config.results)
-    folder.mkdir(parents=True, exist_ok=True)
     about = {'command': ' '.join(['python recipes/compare.py', *argv]), **where_and_when()}
-    write_atomic(folder / 'results.json', dump_json({**about, 'config': asdict(config), 'results': results}))
     text = tables(config, about, results)
-    write_atomic(folder / 'README.md', text.encode())
+    write_results(folder, about, config, results, text)
     for name, arms in PICTURES.items():
         draw(folder / f'{name}.png', [arm for arm in arms if arm in config.arms], results)
     print(text)

@@ -8,17 +8,15 @@ on with what is there.
 
 import statistics
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import finetune
 import train
-from parts.cells import Cell, arguments, claim, markdown, run_cells, spread, where_and_when
+from parts.cells import Cell, arguments, claim, markdown, run_cells, spread, where_and_when, write_results
 from parts.config import CONFIGS, parse
 from parts.task import TASKS
-
-from timm_supertickets.files import dump_json, write_atomic
 
 RECIPES = {'classify': 'finetune', 'segment': 'segment', 'keypoints': 'keypoints', 'detect': 'detect'}
 KINDS = ('sparse', 'dense')
@@ -72,12 +70,9 @@ def main(argv: list[str]) -> None:
     for wave in (draws, uses):
         run_cells([cell for cell in wave.values() if not cell.marker.exists()], config.jobs)
     results = [measured(config, key, cell) for key, cell in (*draws.items(), *uses.items())]
-    folder = Path(config.results)
-    folder.mkdir(parents=True, exist_ok=True)
     about = {'command': ' '.join(['python recipes/transfer.py', *argv]), **where_and_when()}
-    write_atomic(folder / 'results.json', dump_json({**about, 'config': asdict(config), 'results': results}))
     text = tables(config, about, results)
-    write_atomic(folder / 'README.md', text.encode())
+    write_results(Path(config.results), about, config, results, text)
     print(text)
 
 

@@ -175,6 +175,13 @@ def where_and_when() -> dict[str, Any]:
     }
 
 
+def write_results(folder: Path, about: dict[str, Any], config: Any, results: list[dict[str, Any]], page: str) -> None:
+    """Write every number as results.json, and the page that shows them as README.md."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / 'results.json', dump_json({**about, 'config': asdict(config), 'results': results}))
+    write_atomic(folder / 'README.md', page.encode())
+
+
 def spread(values: list[float]) -> str:
     """Mean and standard deviation, to two digits."""
     if not values:
