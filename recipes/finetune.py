@@ -19,7 +19,7 @@ from parts.state import State, find_checkpoint
 from parts.task import Task, find_task
 from timm.scheduler import CosineLRScheduler
 from torch import nn
-from train import Run, command, create_accelerator, measure, pruned, save_ticket, start, train
+from train import Run, command, create_accelerator, measure, pruned, save_ticket, saved_if_stopped, start, train
 
 from timm_supertickets import Mask, Ticket, prunable
 from timm_supertickets.hub import HUB, find_ticket
@@ -63,18 +63,19 @@ def main(argv: list[str]) -> None:
     """Prune once if asked to; train with the mask held while the learning rate falls to zero; save."""
     config = parse(argv, Config, 'finetune_digits.yaml', 'finetune.py')
     run, state = begin(config, command('finetune.py', argv))
-    if config.sparsity and not state.round:
+    if config.sparsity and not state.round and not state.step:
         state.mask = pruned(config, state, config.sparsity)
         state.zero_dead_weights_()
 
     rate = falling(config, state)
-    while state.round < config.rounds:
-        first = state.round * config.round_steps
-        loss = train(run, state, f'round {state.round + 1} of {config.rounds}', first, config.round_steps, rate)
-        state.round += 1
-        run.report.add(name=TRUNK, step=state.round * config.round_steps, round=state.round, loss=loss,
-                       **measure(run, state))  # fmt: skip
-        state.save(run.accelerator, run.report.output, run.report.rows)
+    with saved_if_stopped(run, state):
+        while state.round < config.rounds:
+            first = state.round * config.round_steps
+            loss = train(run, state, f'round {state.round + 1} of {config.rounds}', first, config.round_steps, rate)
+            state.round += 1
+            run.report.add(name=TRUNK, step=state.round * config.round_steps, round=state.round, loss=loss,
+                           **measure(run, state))  # fmt: skip
+            state.save(run.accelerator, run.report.output, run.report.rows)
 
     finish(run, state)
 
@@ -99,7 +100,7 @@ def begin(config: Config, said: str) -> tuple[Run, State]:
     state = start(config, net, chosen_mask(config, ticket, net))
     state.zero_dead_weights_()
     if path := find_checkpoint(config.resume, report.output, accelerator):
-        report.resume(state.load(accelerator, path), state.round * config.round_steps)
+        report.resume(state.load(accelerator, path), state.round * config.round_steps + state.step)
     return run, state
 
 

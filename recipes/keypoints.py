@@ -15,7 +15,7 @@ from parts.pose import Keypoints
 from parts.program import program
 from parts.report import TRUNK
 from parts.state import State
-from train import Run, command, measure, train
+from train import Run, command, measure, saved_if_stopped, train
 
 from timm_supertickets.pictures import DPI, create_figure
 
@@ -36,13 +36,14 @@ def main(argv: list[str]) -> None:
     config = parse(argv, Config, 'keypoints_ticket.yaml', 'keypoints.py')
     run, state = begin(config, command('keypoints.py', argv))
     rate = falling(config, state)
-    while state.round < config.rounds:
-        first = state.round * config.round_steps
-        loss = train(run, state, f'round {state.round + 1} of {config.rounds}', first, config.round_steps, rate)
-        state.round += 1
-        run.report.add(name=TRUNK, step=state.round * config.round_steps, round=state.round, loss=loss,
-                       **measure(run, state))  # fmt: skip
-        state.save(run.accelerator, run.report.output, run.report.rows)
+    with saved_if_stopped(run, state):
+        while state.round < config.rounds:
+            first = state.round * config.round_steps
+            loss = train(run, state, f'round {state.round + 1} of {config.rounds}', first, config.round_steps, rate)
+            state.round += 1
+            run.report.add(name=TRUNK, step=state.round * config.round_steps, round=state.round, loss=loss,
+                           **measure(run, state))  # fmt: skip
+            state.save(run.accelerator, run.report.output, run.report.rows)
 
     finish(run, state)
     if run.accelerator.is_main_process:

@@ -8,7 +8,8 @@ accelerate launch recipes/train.py [--config recipes/configs/NAME.yaml] [key=val
 import os
 import subprocess
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +24,7 @@ from parts.backbone import searched_macs, ticket_part
 from parts.config import Config, Setup, parse
 from parts.data import Data, batches
 from parts.pictures import draw_pictures
-from parts.program import program
+from parts.program import Stopped, program
 from parts.report import TRUNK, Report
 from parts.state import State, find_checkpoint
 from parts.task import Task, find_task
@@ -89,28 +90,33 @@ def main(argv: list[str]) -> None:
     supernet, supernet_macs = getattr(net, 'arch', None), searched_macs(net, model_cost(net, data.input_size))
     if path := find_checkpoint(config.resume, report.output, accelerator):
         rows = state.load(accelerator, path)
-        report.resume(rows, state.round * config.round_steps + state.drawn * config.cooldown_steps)
+        under_way = state.step + (state.branch.step if state.branch else 0)
+        report.resume(rows, state.round * config.round_steps + state.drawn * config.cooldown_steps + under_way)
 
-    while state.round < config.rounds:
-        loss = train_round(run, config, state)
-        state.round += 1
-        step = state.round * config.round_steps
+    with saved_if_stopped(run, state):
+        while state.round < config.rounds or state.loss is not None:
+            if state.loss is None:
+                state.loss = train_round(run, config, state)
+                state.round += 1
+                # the event: channels die
+                step = state.round * config.round_steps
+                if plan.choosing(config, step):
+                    state.shrink(living_channels(run, config, state, plan.budget(config, step) * supernet_macs))
 
-        # the event: channels die, then weights
-        if plan.choosing(config, step):
-            state.shrink(living_channels(run, config, state, plan.budget(config, step) * supernet_macs))
-        for target in plan.due(config, step, state.drawn):
-            draw(run, state.fork(), target, config.cooldown_steps)
-            state.drawn += 1
-        state.mask = pruned(config, state, plan.sparsity(config, step))
-        state.zero_dead_weights_()
-        report.add(name=TRUNK, step=step, round=state.round, loss=loss, **measure(run, state))
-
-        # until the next one, some of the dead may compete again
-        if plan.reactivating(config, step):
-            state.mask = reactivated(config, state, plan.regrow_share(config, step))
+            # then weights; at a target, a branch goes off first
+            step = state.round * config.round_steps
+            for target in plan.due(config, step, state.drawn):
+                draw(run, state, target, config.cooldown_steps)
+            state.mask = pruned(config, state, plan.sparsity(config, step))
             state.zero_dead_weights_()
-        state.save(accelerator, report.output, report.rows)
+            report.add(name=TRUNK, step=step, round=state.round, loss=state.loss, **measure(run, state))
+
+            # until the next event, some of the dead may compete again
+            if plan.reactivating(config, step):
+                state.mask = reactivated(config, state, plan.regrow_share(config, step))
+                state.zero_dead_weights_()
+            state.loss = None
+            state.save(accelerator, report.output, report.rows)
 
     if accelerator.is_main_process:
         draw_pictures(report.output, report.rows, supernet, task.metric)
@@ -136,6 +142,16 @@ def create_accelerator(config: Setup) -> Accelerator:
     if accelerator.device.type == 'cpu':
         torch.set_num_threads(config.threads or max(1, (os.cpu_count() or 1) // accelerator.num_processes))
     return accelerator
+
+
+@contextmanager
+def saved_if_stopped(run: Run, state: State) -> Iterator[None]:
+    """If a signal stops what is done here, save the state as it then is."""
+    try:
+        yield
+    except Stopped as stopped:
+        path = state.save(run.accelerator, run.report.output, run.report.rows)
+        raise Stopped(stopped.number, f'{stopped.where}; the same command goes on from {path}') from None
 
 
 def command(recipe: str, argv: list[str]) -> str:
@@ -256,7 +272,7 @@ def train(
     rho: Callable[[int], float] = lambda step: 0.0,
     keep_gradients: bool = False,
 ) -> float:
-    """Train with the mask held; returns the mean loss.
+    """Train with the mask held, on from where the state is in this stretch; returns the mean loss.
 
     Args:
         run: What stays the same.
@@ -272,16 +288,17 @@ def train(
     model, optimizer = state.prepare(accelerator)
     model.train()
     penalty = gate_penalty(run, state) if rho(first) or rho(first + steps - 1) else None
-    total = torch.zeros((), device=accelerator.device)
-    seed = zlib.crc32(f'{config.seed} {text}'.encode())
-    few = batches(run.data.train, steps * config.accumulate, seed, accelerator.device)
-    for number, (images, targets) in enumerate(few):
+    if not state.step:
+        state.total = torch.zeros((), device=accelerator.device)
+    seed, done = zlib.crc32(f'{config.seed} {text}'.encode()), state.step * config.accumulate
+    few = batches(run.data.train, steps * config.accumulate, seed, accelerator.device, done)
+    for number, (images, targets) in enumerate(few, done):
         step = first + number // config.accumulate
         rate.step_update(step)
         with accelerator.accumulate(model):
             loss = run.task.loss(model, images, targets)
             accelerator.backward(loss + rho(step) * penalty() if penalty else loss)
-        total += loss.detach()
+        state.total += loss.detach()
         if not accelerator.sync_gradients:
             continue  # the step is not whole yet
         if keep_gradients and step == first + steps - 1:
@@ -294,12 +311,14 @@ def train(
         mask.zero_weights_(net)
         if state.ema is not None and not optimizer.step_was_skipped:  # fp16 skips some, and no weight moves
             state.ema.update(net, step=step + 1)
-        run.report.step(text, total)
+        state.step += 1
+        run.report.step(text, state.total)
+    state.step = 0
     for trained in (net, state.best):
         average_buffers_(accelerator, trained)
     images_seen = steps * config.accumulate * config.batch_size * accelerator.num_processes
     state.spent += BACKWARD_TOO * images_seen * model_cost(net, run.data.input_size).macs
-    mean = accelerator.reduce(total, reduction='mean').item() / max(1, steps * config.accumulate)
+    mean = accelerator.reduce(state.total, reduction='mean').item() / max(1, steps * config.accumulate)
     return run.report.finite(mean, text)
 
 
@@ -340,17 +359,21 @@ def channel_groups(net: nn.Module) -> tuple[ChannelGroup, ...]:
     return searchable(net).channel_groups() if hasattr(net, 'channel_groups') else ()
 
 
-def draw(run: Run, state: State, target: float, steps: int) -> None:
+def draw(run: Run, trunk: State, target: float, steps: int) -> None:
     """Finish a fork of the trunk: prune it to the target, hold the mask, let the learning rate fall to zero, save."""
-    name = f'{state.ticket_name}_s{100 * target:g}'.replace('.', '_')
-    state.mask = pruned(run.config, state, target)
-    state.zero_dead_weights_()
-    for group in state.optimizer.param_groups:
-        group['initial_lr'] = group['lr']  # from where the trunk is
+    name = f'{trunk.ticket_name}_s{100 * target:g}'.replace('.', '_')
+    if trunk.branch is None:
+        trunk.branch = state = trunk.fork()
+        state.mask = pruned(run.config, state, target)
+        state.zero_dead_weights_()
+        for group in state.optimizer.param_groups:
+            group['initial_lr'] = group['lr']  # from where the trunk is
+    state = trunk.branch
     rate = CosineLRScheduler(state.optimizer, max(1, steps), t_in_epochs=False, initialize=False)
     loss = train(run, state, name, 0, steps, rate)
     state.zero_dead_weights_()
     save_ticket(run, state, name, loss)
+    trunk.branch, trunk.drawn = None, trunk.drawn + 1
 
 
 def save_ticket(run: Run, state: State, name: str, loss: float) -> None:

@@ -1,9 +1,11 @@
 """Data: loaders, what is known of their images, and batches whose order depends on a seed alone."""
 
+import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device, set_seed
@@ -82,23 +84,72 @@ def check_splits(config: Setup, accelerator: Accelerator, train: Any, val: Any) 
         )
 
 
-def batches(loader: Any, steps: int, seed: int, device: torch.device | str = 'cpu') -> Iterator[tuple[Any, Any]]:
-    """Exactly `steps` batches of images and what belongs to them, on the device.
+class Randomness:
+    """A stream of random numbers of its own: while it is entered, all that is drawn comes out of it.
 
-    Which ones, and all randomness from here on, depend on the seed alone.
+    Args:
+        seed: Where it begins; every process has another.
+        device: Where numbers are drawn beside the CPU.
     """
-    set_seed(seed, device_specific=True)
-    epoch = seed
-    left = steps
-    while left:
+
+    def __init__(self, seed: int, device: torch.device | str) -> None:
+        self.on_cuda = torch.device(device).type == 'cuda'
+        self._others = self._state()
+        set_seed(seed, device_specific=True)
+        self._ours = self._state()
+        self._go_on(self._others)
+
+    def __enter__(self) -> None:
+        self._others = self._state()
+        self._go_on(self._ours)
+
+    def __exit__(self, *error: object) -> None:
+        self._ours = self._state()
+        self._go_on(self._others)
+
+    def _state(self) -> tuple[Any, ...]:
+        cuda = torch.cuda.get_rng_state() if self.on_cuda else None
+        return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
+
+    def _go_on(self, state: tuple[Any, ...]) -> None:
+        python, numpy, cpu, cuda = state
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda)
+
+
+def batches(
+    loader: Any, steps: int, seed: int, device: torch.device | str = 'cpu', done: int = 0
+) -> Iterator[tuple[Any, Any]]:
+    """Batches of images and what belongs to them, on the device.
+
+    Args:
+        loader: Where they come from, epoch after epoch.
+        steps: How many.
+        seed: Which ones, and how they are augmented, depends on it alone, whatever a model draws meanwhile. What that
+            draws depends on it as well, unless some batches are behind it.
+        device: Where they go.
+        done: Those that are behind us already, which are passed over.
+    """
+    if not done:
+        set_seed(seed, device_specific=True)
+    images, randomness = forever(loader, seed, device), Randomness(seed, device)
+    for number in range(steps):
+        with randomness:
+            batch = next(images)
+        if number >= done:
+            yield batch
+
+
+def forever(loader: Any, epoch: int, device: torch.device | str) -> Iterator[tuple[Any, Any]]:
+    """A loader's batches on the device, epoch after epoch."""
+    while True:
         for owner in (loader.sampler, loader.dataset):
             if hasattr(owner, 'set_epoch'):
                 owner.set_epoch(epoch)
-        for batch in on_device(loader, device):
-            yield batch
-            left -= 1
-            if not left:
-                return
+        yield from on_device(loader, device)
         epoch += 1
 
 

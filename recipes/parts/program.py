@@ -16,12 +16,12 @@ class Stopped(Exception):
 
     Args:
         number: The signal's.
-        text: Where the run is, and how it goes on.
+        where: Where the run is, and how it goes on.
     """
 
-    def __init__(self, number: int, text: str) -> None:
-        super().__init__(f'stopped by {signal.Signals(number).name} {text}')
-        self.number = number
+    def __init__(self, number: int, where: str) -> None:
+        super().__init__(f'stopped by {signal.Signals(number).name} {where}')
+        self.number, self.where = number, where
 
 
 def program(main: Callable[[list[str]], None]) -> None:

@@ -105,12 +105,7 @@ class Report:
         elif self.accelerator.num_processes > 1:
             return  # all stop at the same step, or the others would wait for this one for ever
         if asked:
-            kept = newest_checkpoint(self.output)
-            raise Stopped(
-                asked,
-                f'in {text}; the same command goes on from {kept or "the beginning"}, trains again what came after it, '
-                'and ends with the same tickets',
-            )
+            raise Stopped(asked, f'in {text}')
 
     def finite(self, loss: float, text: str) -> float:
         """The loss, if it is a number.

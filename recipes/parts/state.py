@@ -33,6 +33,7 @@ from timm_supertickets.search.shrink import searchable, shrink, shrink_optimizer
 
 CHECKPOINTS = 'checkpoints'
 SAVING = '.saving'
+BRANCH = 'branch'
 DIGESTED = ('arch', 'mask', 'weights', 'optimizer', 'average')
 
 
@@ -45,8 +46,12 @@ class State:
         optimizer: Trains the net's parameters.
         mask: Which weights live.
         ema: Average of the weights, if one is kept.
-        round: Rounds that are behind us.
+        round: Rounds whose training is behind us.
         drawn: Tickets that have been drawn.
+        loss: Mean loss of the last round while the event after it is under way.
+        step: Steps of the stretch of training that is under way.
+        total: Sum of their losses, in this process.
+        branch: The fork that a ticket is being drawn from.
         gradients: Dense gradients of the masked weights at the end of the last round; only `regrow` asks for them.
         spent: Multiply-accumulates that training has cost.
         initial: The weights that training began with, of what is left of the net; only if they are asked for.
@@ -58,6 +63,10 @@ class State:
     ema: ModelEmaV3 | None = None
     round: int = 0
     drawn: int = 0
+    loss: float | None = None
+    step: int = 0
+    total: Tensor = field(default_factory=lambda: torch.zeros(()))
+    branch: 'State | None' = None
     gradients: dict[str, Tensor] = field(default_factory=dict)
     spent: int = 0
     initial: dict[str, Tensor] = field(default_factory=dict)
@@ -134,10 +143,15 @@ class State:
         return self.net if self.ema is None else self.ema.module
 
     def digest(self) -> Tensor:
-        """What all processes must hold alike: a sha256 each of `DIGESTED`, uint8 `(5, 32)`."""
-        average = None if self.ema is None else self.ema.module.state_dict()
-        parts = (repr(getattr(self.net, 'arch', None)), dict(self.mask), self.net.state_dict(),
-                 self.optimizer.state_dict(), average)  # fmt: skip
+        """What all processes must hold alike: a sha256 each of `DIGESTED`, uint8 `(5, 32)`.
+
+        Within a stretch of training, batch norm's statistics are each process's own.
+        """
+        nets = (self.net, None if self.ema is None else self.ema.module)
+        weights, average = (
+            net and (dict(net.named_parameters()) if self.step else net.state_dict()) for net in nets
+        )  # fmt: skip
+        parts = (repr(getattr(self.net, 'arch', None)), dict(self.mask), weights, self.optimizer.state_dict(), average)
         return torch.stack([torch.frombuffer(bytearray(sha256(part)), dtype=torch.uint8) for part in parts])
 
     def check_same(self, accelerator: Accelerator) -> None:
@@ -160,7 +174,13 @@ class State:
                     f'{self.round}, which is not saved; the same command goes on from the checkpoint before'
                 )
 
-    def save(self, accelerator: Accelerator, output: Path, rows: list[dict[str, Any]]) -> None:
+    def name(self) -> str:
+        """What a checkpoint of this state is called: by the rounds that are wholly behind us."""
+        if self.loss is not None:
+            return f'round_{self.round - 1:05d}_stopped'
+        return f'round_{self.round:05d}_stopped' if self.step else f'round_{self.round:05d}'
+
+    def save(self, accelerator: Accelerator, output: Path, rows: list[dict[str, Any]]) -> Path:
         """Write a checkpoint of what all processes hold alike, whole or not at all; let go of all but the last two.
 
         Args:
@@ -168,47 +188,73 @@ class State:
             output: Folder of the run.
             rows: What the summary holds so far.
 
+        Returns:
+            The checkpoint.
+
         Raises:
             ValueError: A process holds something else, or the disk is full or read-only.
         """
-        self.check_same(accelerator)
         folder = output / CHECKPOINTS
-        saving, path = folder / SAVING, folder / f'round_{self.round:05d}'
-        self.prepare(accelerator)  # what was prepared last may be a fork
+        saving, path = folder / SAVING, folder / self.name()
         if accelerator.is_main_process:
             with one_line(path, output):
                 discard(saving)
         accelerator.wait_for_everyone()
-        with one_line(path, output):
-            accelerator.save_state(str(saving))
-        accelerator.wait_for_everyone()
+        if self.branch is not None:
+            self.branch._write(accelerator, saving / BRANCH, path, output, [])
+        self._write(accelerator, saving, path, output, rows)
         if accelerator.is_main_process:
             with one_line(path, output):
-                self._save_rest(saving, accelerator.num_processes, rows)
                 flush_to_disk(output)  # the folders of tickets, which the checkpoint says are drawn
                 put_in_place(saving, path)
                 for old in checkpoints(output)[:-2]:
                     discard(old)
         accelerator.wait_for_everyone()
+        return path
 
-    def _save_rest(self, folder: Path, processes: int, rows: list[dict[str, Any]]) -> None:
+    def _write(
+        self, accelerator: Accelerator, folder: Path, path: Path, output: Path, rows: list[dict[str, Any]]
+    ) -> None:
+        """Write all that this state holds to a folder, on the way to a checkpoint of that path."""
+        self.check_same(accelerator)
+        self.prepare(accelerator)  # what was prepared last may be another
+        with one_line(path, output):
+            accelerator.save_state(str(folder))
+            if self.step:
+                mine = {'total': self.total, **self._buffers()}
+                write_atomic(folder / own_file(accelerator), dump_safetensors(mine, {}))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            with one_line(path, output):
+                self._write_rest(folder, accelerator.num_processes, rows)
+
+    def _buffers(self) -> dict[str, Tensor]:
+        """Batch norm's statistics, of the net and of its average."""
+        nets = {'net': self.net} if self.ema is None else {'net': self.net, 'average': self.ema.module}
+        return {f'{of}.{name}': buffer for of, net in nets.items() for name, buffer in net.named_buffers()}
+
+    def _write_rest(self, folder: Path, processes: int, rows: list[dict[str, Any]]) -> None:
         """Add to a folder what accelerate knows nothing of, and a word on everything in it."""
         tensors = {'mask': self.mask, 'initial': self.initial}
+        if self.name().endswith('_stopped'):
+            tensors['gradients'] = self.gradients
         if self.ema is not None:
             tensors['ema'] = self.ema.module.state_dict()
         for name, some in tensors.items():
             if some or name == 'mask':
                 write_atomic(folder / f'{name}.safetensors', dump_safetensors(some, {}))
         arch = getattr(self.net, 'arch', None)
-        files = sorted(folder.iterdir())
+        files = sorted(file for file in folder.rglob('*') if file.is_file())
         about = {
             'round': self.round,
             'drawn': self.drawn,
+            'loss': self.loss,
+            'step': self.step,
             'spent': self.spent,
             'arch': arch.to_json() if isinstance(arch, Arch) else None,
             'processes': processes,
             'rows': rows,
-            'files': {file.name: file_sha256(file) for file in files},
+            'files': {file.relative_to(folder).as_posix(): file_sha256(file) for file in files},
         }
         for file in files:
             flush_to_disk(file)
@@ -248,13 +294,31 @@ class State:
             self.ema.module = copy.deepcopy(self.net).eval()
             self.ema.module.load_state_dict(average)
         self.round, self.drawn, self.spent = about['round'], about['drawn'], about['spent']
+        self.loss, self.step = about.get('loss'), about.get('step', 0)
+        if (path / 'gradients.safetensors').exists():
+            gradients, _ = read_safetensors(path / 'gradients.safetensors')
+            self.gradients = {name: gradient.to(device) for name, gradient in gradients.items()}
         self.prepare(accelerator)
         try:
             accelerator.load_state(str(path))  # reads tensors and plain values only, out of pickles too
         except Exception as error:  # what torch and accelerate make of another net's state is up to them
             raise ValueError(f'checkpoint {path} cannot be loaded: {" ".join(str(error).split())}') from error
+        if self.step:
+            self.release()
+            mine, _ = read_safetensors(path / own_file(accelerator))
+            self.total = mine.pop('total').to(device)
+            for name, buffer in self._buffers().items():
+                buffer.copy_(mine[name])
+        if (path / BRANCH).exists():
+            self.branch = self.fork()
+            self.branch.load(accelerator, path / BRANCH)
         rows: list[dict[str, Any]] = about['rows']
         return rows
+
+
+def own_file(accelerator: Accelerator) -> str:
+    """What a process alone holds of a checkpoint."""
+    return f'process_{accelerator.process_index}.safetensors'
 
 
 def sha256(thing: Any) -> bytes:
@@ -281,11 +345,12 @@ def sha256(thing: Any) -> bytes:
 
 
 def rebind_(optimizer: Optimizer, model: nn.Module, other: nn.Module) -> None:
-    """Let an optimizer that has not stepped yet train another member's parameters of the same names."""
+    """Let an optimizer train another member's parameters of the same names, from its beginning."""
     names = {id(param): name for name, param in model.named_parameters()}
     params: Mapping[str, nn.Parameter] = dict(other.named_parameters())
     for group in optimizer.param_groups:
         group['params'] = [params[names[id(p)]] for p in group['params'] if names[id(p)] in params]
+    optimizer.state.clear()
 
 
 def checkpoints(output: Path) -> list[Path]:

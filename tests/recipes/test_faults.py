@@ -309,29 +309,85 @@ def as_program(monkeypatch):
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize(('number', 'code'), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_stops_after_the_step_and_the_same_command_goes_on(
-    whole, tmp_path, monkeypatch, capfd, as_program, number, code
-):
+@contextmanager
+def signalled(monkeypatch, number, place):
+    """Send a signal in the middle of the n-th step; yields the steps that were made."""
     steps = []
     zero_grads_ = Mask.zero_grads_
 
-    def signalled(mask, net):
+    def counted(mask, net):
         steps.append(net)
-        if len(steps) == 5:  # in the middle of the second step of a stretch
+        if len(steps) == place:
             os.kill(os.getpid(), number)
             os.kill(os.getpid(), number)  # as a launcher passes it on
         zero_grads_(mask, net)
 
-    monkeypatch.setattr(Mask, 'zero_grads_', signalled)
-    left, said = as_program([*QUICK, f'output={tmp_path / "run"}'], capfd)
-    assert left == code
-    assert len(steps) == 5
-    assert f'stopped by {number.name} in superticket_mbv2_s40; the same command goes on from the beginning' in said
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(Mask, 'zero_grads_', counted)
+        yield steps
     program.received.clear()
-    train.main([*QUICK, f'output={tmp_path / "run"}'])
-    assert ticket_bytes(tmp_path / 'run') == ticket_bytes(whole)
+
+
+# what draws random numbers while it trains, carries an average, and has epochs that end within a stretch
+RANDOM = [
+    'model_args={width: 0.25, drop_rate: 0.2, drop_path_rate: 0.2}',
+    'ema_decay=0.9',
+    'accumulate=2',
+    'batch_size=300',
+]
+
+
+@pytest.fixture(scope='module')
+def whole_random(tmp_path_factory):
+    """An uninterrupted run of a net with randomness of its own."""
+    output = tmp_path_factory.mktemp('random') / 'run'
+    train.main([*QUICK, *RANDOM, f'output={output}'])
+    return output
+
+
+@pytest.mark.parametrize(
+    ('number', 'code', 'place', 'where', 'kept'),
+    [
+        (signal.SIGTERM, 143, 2, 'round 1 of 3', 'round_00000_stopped'),
+        (signal.SIGINT, 130, 4, 'superticket_mbv2_s40', 'round_00000_stopped'),
+    ],
+)
+def test_a_signal_stops_after_the_step_and_the_same_command_goes_on_from_there(
+    whole_random, tmp_path, monkeypatch, capfd, as_program, number, code, place, where, kept
+):
+    output = tmp_path / 'run'
+    argv = [*QUICK, *RANDOM, f'output={output}']
+    with signalled(monkeypatch, number, place) as steps:
+        left, said = as_program(argv, capfd)
+        assert left == code
+        assert len(steps) == place
+        program.received.clear()
+        path = output / CHECKPOINTS / kept
+        assert f'stopped by {number.name} in {where}; the same command goes on from {path}\n' in said
+        train.main(argv)
+    assert len(steps) == 3 * 3 + 2 * 2  # none was made twice
+    assert ticket_bytes(output) == ticket_bytes(whole_random)
+    assert summary(output) == summary(whole_random)
+
+
+def summary(output):
+    """The rows of a run without their times."""
+    lines = (output / 'summary.csv').read_text().splitlines()
+    return [line.rpartition(',')[0] for line in lines]
+
+
+@pytest.mark.slow
+def test_a_run_that_is_stopped_after_every_step_draws_the_same_tickets(
+    whole_random, tmp_path, monkeypatch, capfd, as_program
+):
+    output = tmp_path / 'run'
+    for _ in range(13):
+        with signalled(monkeypatch, signal.SIGTERM, 1) as steps:
+            as_program([*QUICK, *RANDOM, f'output={output}'], capfd)
+            assert len(steps) == 1
+    train.main([*QUICK, *RANDOM, f'output={output}'])
+    assert ticket_bytes(output) == ticket_bytes(whole_random)
+    assert summary(output) == summary(whole_random)
 
 
 def test_a_loss_that_is_no_number_stops_in_the_middle_of_a_round(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -170,21 +171,34 @@ def test_one_of_two_processes_is_killed_and_the_same_command_goes_on(two, tmp_pa
     assert ticket_bytes(output) == ticket_bytes(two[0])
 
 
+@pytest.fixture(scope='module')
+def longer(tmp_path_factory):
+    """A run on two processes that lasts until a signal reaches it, and its arguments."""
+    output = tmp_path_factory.mktemp('longer') / 'run'
+    argv = [*QUICK, 'rounds=4', 'round_steps=12']
+    finish(torchrun(2, *argv, f'output={output}'))
+    return output, argv
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(('number', 'everyone'), [(signal.SIGTERM, False), (signal.SIGINT, True)])
-def test_a_signal_stops_all_processes_and_the_same_command_goes_on(two, tmp_path, number, everyone):
+def test_a_signal_stops_all_processes_and_the_same_command_goes_on_from_there(longer, tmp_path, number, everyone):
+    whole, argv = longer
     output = tmp_path / 'run'
-    more = [*QUICK, 'rounds=4', 'round_steps=12']
-    process = torchrun(2, *more, f'output={output}')
+    process = torchrun(2, *argv, f'output={output}')
     wait_for_checkpoint(process, output)
     (os.killpg if everyone else os.kill)(process.pid, number)  # a terminal's Ctrl-C goes to everyone
     _, err = process.communicate(timeout=120)
     assert process.returncode
     assert err.count(f'stopped by {number.name} in ') == 1
-    assert f'the same command goes on from {output}/checkpoints/round_0000' in err
+    said = re.search(rf'the same command goes on from ({output}/checkpoints/round_0000\d_stopped)\n', err)
+    assert said, err
+    assert sorted(file.name for file in Path(said[1]).rglob('process_*')) == [
+        f'process_{rank}.safetensors' for rank in range(2)
+    ]
     assert 'Connection closed' not in err  # nobody was left waiting
-    finish(torchrun(2, *more, f'output={output}'))
-    assert (output / 'superticket_mbv2_s80').exists()
+    finish(torchrun(2, *argv, f'output={output}'))
+    assert ticket_bytes(output) == ticket_bytes(whole)
 
 
 @pytest.mark.slow
