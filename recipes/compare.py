@@ -68,6 +68,7 @@ class Config:
         other: The configuration of train.py that tickets are moved from, a file in `configs/`.
         other_changes: What else that one has, as `key=value`.
         baseline: The model of timm that is pruned for comparison.
+        baseline_changes: What it is trained with instead of what the arms share, as `key=value`.
         arms: Which arms; all by default.
         targets: Sparsities.
         seeds: So many seeds, from 0.
@@ -83,6 +84,7 @@ class Config:
     other: str = 'mbv2_fmnist_tiny.yaml'
     other_changes: list[str] = field(default_factory=list)
     baseline: str = 'mobilenetv2_035'
+    baseline_changes: list[str] = field(default_factory=list)
     arms: list[str] = field(default_factory=lambda: list(ARMS))
     targets: list[float] = field(default_factory=lambda: [0.5, 0.8, 0.9, 0.95])
     seeds: int = 3
@@ -145,7 +147,7 @@ def plan(config: Config, seed: int) -> dict[tuple[str, float], Cell]:
             if sparsity <= 0:
                 raise ValueError(f'baseline={config.baseline} has fewer weights than the ticket it is compared with')
             model = [f'model={config.baseline}', 'model_args={}', 'search=none', f'targets=[{sparsity}]']
-            return [*arguments(home, train.Config), f'seed={seed}', *model]
+            return [*arguments(home, train.Config), f'seed={seed}', *model, *config.baseline_changes]
 
         return Cell('train', root / 'magnitude' / f'{target:g}', args, after, builds_on=False)
 

@@ -15,9 +15,10 @@ from parts.config import Setup
 from parts.data import CHANNELS_LAST, Data, check_splits, normalization
 from PIL import Image
 from timm.data import create_dataset, create_loader
+from timm.data.distributed_sampler import OrderedDistributedSampler
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 FASHION_MNIST = Path('/usr/share/datasets/fashion-mnist')  # where Debian's package dataset-fashion-mnist puts it
 FASHION_MNIST_LABELS = (
@@ -119,7 +120,7 @@ def create_data(config: Setup, accelerator: Accelerator, known: Mapping[str, Any
             **shared,
         ),
         val=create_loader(val, crop_pct=1.0, **shared),
-        val_count=len(val),
+        val_count=getattr(val.reader, 'num_samples', len(val)) if isinstance(val, IterableDataset) else len(val),
         labels=labels,
         num_classes=num_classes,
         config={
@@ -228,14 +229,16 @@ def top1(model: Any, data: Data, accelerator: Accelerator) -> float:
     """Share of the test images that the model gets right; every image counts once."""
     training = model.training
     model.eval()
-    hits = torch.zeros((), dtype=torch.int64, device=accelerator.device)
+    scored = torch.zeros(2, dtype=torch.int64, device=accelerator.device)
     first, stride = accelerator.process_index, accelerator.num_processes
+    padded = isinstance(data.val.sampler, OrderedDistributedSampler)  # so that all processes have as many
     seen = 0
     for images, labels in data.val:
         places = first + stride * (seen + torch.arange(len(labels), device=labels.device))
-        hits += (
-            (model(images.to(memory_format=CHANNELS_LAST)).argmax(1) == labels) & (places < data.val_count)
-        ).sum()  # the rest pads the last batch
+        real = places < data.val_count if padded else torch.ones_like(places, dtype=torch.bool)
+        hits = (model(images.to(memory_format=CHANNELS_LAST)).argmax(1) == labels) & real
+        scored += torch.stack([hits.sum(), real.sum()])
         seen += len(labels)
     model.train(training)
-    return accelerator.reduce(hits, reduction='sum').item() / data.val_count
+    right, all_images = accelerator.reduce(scored, reduction='sum').tolist()
+    return float(right / max(1, all_images))

@@ -14,6 +14,8 @@ from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 
+LARGEST_SEED = 2**32 - 2**16  # numpy's, and every process adds its number
+LARGEST_EPOCH = 2**30  # timm's streams count them in 32 bits with a sign
 CHANNELS_LAST = torch.channels_last  # of the images is enough for the whole net; on a CPU it halves a step
 
 
@@ -133,9 +135,10 @@ def batches(
         device: Where they go.
         done: Those that are behind us already, which are passed over.
     """
+    seed %= LARGEST_SEED
     if not done:
         set_seed(seed, device_specific=True)
-    images, randomness = forever(loader, seed, device), Randomness(seed, device)
+    images, randomness = forever(loader, seed % LARGEST_EPOCH, device), Randomness(seed, device)
     for number in range(steps):
         with randomness:
             batch = next(images)

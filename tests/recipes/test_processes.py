@@ -20,6 +20,7 @@ from parts.classification import create_data, top1
 from parts.config import Config, parse
 from parts.data import batches
 from parts.state import DIGESTED, State
+from PIL import Image
 
 from timm_supertickets import Mask, load_ticket, prunable, verify_ticket
 
@@ -105,6 +106,19 @@ def test_a_process_that_differs_stops_the_run_before_anything_is_saved(work):
     for one in work:
         assert 'rank 1 of 2 differs from the others in its weights after round 2' in one['stopped']
         assert one['checkpoints'] == ['round_00001']
+
+
+def test_a_stream_is_shared_by_shards_and_no_image_comes_twice(work):
+    """Four shards to train on, two for each process; three of unequal sizes to score on."""
+    seen = [one['streamed'] for one in work]
+    assert [len(one) for one in seen] == [24, 24]
+    assert sorted(seen[0] + seen[1]) == list(range(48))
+    shards = [{number // 12 for number in one} for one in seen]
+    assert [len(one) for one in shards] == [2, 2]
+    assert not shards[0] & shards[1]
+    scored = [one['stream_scored'] for one in work]
+    assert sorted(scored[0] + scored[1]) == list(range(100, 113))
+    assert [one['stream_top1'] for one in work] == [7 / 13] * 2  # those of even numbers, of which there are seven
 
 
 @pytest.fixture(scope='module')
@@ -230,6 +244,39 @@ def create_images():
     return next(iter(data.train))
 
 
+def create_stream(output, accelerator):
+    """Streams of images that are one grey level each, a number, and whether that is odd."""
+    import datasets
+
+    folder = output / 'stream'
+    if accelerator.is_main_process:
+        folder.mkdir()
+        features = datasets.Features({'image': datasets.Image(), 'label': datasets.ClassLabel(names=['even', 'odd'])})
+        shards = {
+            'train': [range(12 * i, 12 * i + 12) for i in range(4)],
+            'test': [range(100, 101), range(101, 108), range(108, 113)],
+        }
+        for split, parts in shards.items():
+            for i, part in enumerate(parts):
+                rows = {'image': [Image.new('RGB', (32, 32), (n, n, n)) for n in part], 'label': [n % 2 for n in part]}
+                path = folder / f'{split}-{i:05d}-of-{len(parts):05d}.parquet'
+                datasets.Dataset.from_dict(rows, features=features).to_parquet(path)
+    accelerator.wait_for_everyone()
+    where = [f'dataset=hfids/{folder}', f'data_dir={output / "cache"}', 'train_samples=48', 'val_samples=13', 'num_classes=2']
+    return create_data(parse([*CONFIG, *where, 'scale=1', 'ratio=1', 'batch_size=6']), accelerator)
+
+
+def numbers(loader):
+    return [round(float(one.mean()) * 127.5 + 127.5) for images, _ in loader for one in images]
+
+
+class IsEven(torch.nn.Module):
+    """Says 0, even, of every image."""
+
+    def forward(self, images):
+        return torch.tensor([1.0, 0.0]).expand(len(images), 2)
+
+
 def create_net():
     torch.manual_seed(0)
     return timm.create_model('supernet_mbv2_tiny', width=0.5, num_classes=10)
@@ -248,6 +295,11 @@ def work_here(output):
         for i, t in zip(images, labels, strict=True)
     ]
     found['top1'] = top1(create_net(), data, accelerator)
+
+    stream = create_stream(output, accelerator)
+    found['streamed'] = numbers(batches(stream.train, 4, 2**32 - 1))
+    found['stream_scored'] = numbers(stream.val)
+    found['stream_top1'] = top1(IsEven(), stream, accelerator)
 
     found['differs'] = {}
     for part in (None, *DIGESTED):
