@@ -262,7 +262,13 @@ def create_stream(output, accelerator):
                 path = folder / f'{split}-{i:05d}-of-{len(parts):05d}.parquet'
                 datasets.Dataset.from_dict(rows, features=features).to_parquet(path)
     accelerator.wait_for_everyone()
-    where = [f'dataset=hfids/{folder}', f'data_dir={output / "cache"}', 'train_samples=48', 'val_samples=13', 'num_classes=2']
+    where = [
+        f'dataset=hfids/{folder}',
+        f'data_dir={output / "cache"}',
+        'train_samples=48',
+        'val_samples=13',
+        'num_classes=2',
+    ]
     return create_data(parse([*CONFIG, *where, 'scale=1', 'ratio=1', 'batch_size=6']), accelerator)
 
 

@@ -1,5 +1,6 @@
 import random
 import re
+import sys
 
 import pytest
 import timm
@@ -55,6 +56,31 @@ def test_global_scope_equals_sorting(seed):
             mask = prune(scores, dead / total, floor=floor)
             assert dead_in(mask) == lowest(scores, dead, floor)
             assert {n: m.shape for n, m in mask.items()} == {n: s.shape for n, s in scores.items()}
+
+
+@pytest.mark.parametrize('seed', range(30))
+@pytest.mark.parametrize('sample', [1, 8, 64])
+def test_a_border_found_from_a_sample_equals_sorting(seed, sample, monkeypatch):
+    """Few values, of which some are sampled and some not, and tensors of which a sample says little."""
+    monkeypatch.setattr(sys.modules[prune.__module__], 'SAMPLE', sample)
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    scores = {
+        f'layer{i}.weight': rng.choice([1, 1000]) * torch.randint(rng.choice([3, 50, 10**6]), (rng.randint(1, 400),))
+        for i in range(4)
+    }
+    total = sum(score.numel() for score in scores.values())
+    for _ in range(3):
+        dead = rng.randint(0, total - 4)
+        assert dead_in(prune(scores, dead / total)) == lowest(scores, dead)
+
+
+def test_a_sample_that_is_not_like_the_rest_misleads_nobody(monkeypatch):
+    monkeypatch.setattr(sys.modules[prune.__module__], 'SAMPLE', 256)
+    score = torch.arange(4096) % 1000
+    score[::16] = 10**6  # just those that are looked at
+    for dead in (100, 2000, 3840):
+        assert dead_in(prune({'weight': score}, dead / 4096)) == lowest({'weight': score}, dead)
 
 
 @pytest.mark.parametrize('seed', range(40))

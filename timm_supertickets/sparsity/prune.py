@@ -1,7 +1,9 @@
 """Prune: scores + sparsity + scope -> Mask, with exactly k dead weights."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import inf, isqrt
 
 import torch
 from torch import Tensor
@@ -10,6 +12,7 @@ from ..channels import ChannelGroup
 from .mask import Mask
 
 SCOPES = ('global', 'tensor')
+SAMPLE = 2**16  # ranks that are sorted to know roughly where the border lies
 
 
 @torch.no_grad()
@@ -53,59 +56,175 @@ def prune(
     if scope not in SCOPES and pattern is None:
         raise ValueError(f'scope {scope!r} is unknown; choose from {", ".join(SCOPES)}, N:M (such as 2:4, N <= M)')
     for name, score in scores.items():
-        if not torch.isfinite(score).all():
+        if score.numel() and not all(torch.isfinite(end) for end in score.aminmax()):
             raise ValueError(f'scores of {name!r} are not finite')
     if not scores:
         raise ValueError('nothing to prune: there are no scores')
-    mask = _prune(scores, sparsity, pattern, scope, floor, within)
-    groups, lost = tuple(groups), {name: torch.zeros_like(score, dtype=torch.bool) for name, score in scores.items()}
-    while _lose_cut_channels_(lost, mask, groups):
-        mask = _prune(_with_last(scores, lost), sparsity, pattern, scope, floor, within)
+    dtype = torch.float32
+    for score in scores.values():
+        dtype = torch.promote_types(dtype, score.dtype)
+    entrants = [_Entrant(name, score, dtype, floor, within) for name, score in scores.items()]
+    groups, found = tuple(groups), dict[str, Tensor]()
+    mask = _prune(entrants, sparsity, pattern, scope)
+    while _move_cut_channels_last_(entrants, found, mask, groups):
+        mask = _prune(entrants, sparsity, pattern, scope)
     return mask
 
 
-def _with_last(scores: Mapping[str, Tensor], lost: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Scores of which some are lower than all others, in the same order among each other."""
-    low, high = min(float(score.min()) for score in scores.values()), max(float(s.max()) for s in scores.values())
-    return {name: torch.where(lost[name], score - (high - low + 1), score) for name, score in scores.items()}
+@dataclass
+class _Entrant:
+    """A tensor whose weights compete. Its ranks are made anew whenever they are looked at: memory holds one tensor's.
+
+    Args:
+        name: The tensor's.
+        score: Of its weights.
+        dtype: What ranks are compared in.
+        floor: Weights that must live; fewer where fewer may.
+        within: Which may live.
+        last: Slices that come after all others, as dimension and index.
+        shift: What is taken from the scores of these.
+    """
+
+    name: str
+    score: Tensor
+    dtype: torch.dtype
+    floor: int
+    within: Mask | None
+    last: list[tuple[int, Tensor]] = field(default_factory=list)
+    shift: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.size, self.dead = self.score.numel(), 0
+        if self.within is not None:
+            alive = self.within.get(self.name)
+            if alive is None or alive.shape != self.score.shape:
+                raise ValueError(
+                    f'the mask to prune within has no entry of shape {tuple(self.score.shape)} for {self.name!r}'
+                )
+            self.dead = self.size - int(alive.count_nonzero())
+        self.floor = min(self.floor, self.size - self.dead)
+
+    @property
+    def may_die(self) -> int:
+        """How many may, what is dead included."""
+        return self.size - self.floor
+
+    def ranks(self) -> Tensor:
+        """Scores, flat; lower for what comes last, -inf for what must stay dead."""
+        ranks = self.score.to(self.dtype)
+        if self.last:
+            marks = torch.zeros_like(ranks, dtype=torch.bool)
+            for dim, index in self.last:
+                marks.transpose(0, dim)[index] = True
+            ranks = torch.where(marks, ranks - self.shift, ranks)
+        if self.dead:
+            assert self.within is not None
+            ranks = ranks.masked_fill(~self.within[self.name].to(ranks.device), -inf)
+        return ranks.flatten()
 
 
-def _lose_cut_channels_(lost: dict[str, Tensor], mask: Mask, groups: Iterable[ChannelGroup]) -> bool:
-    """Mark all weights of channels that have no living weight left in some tensor; returns whether any are new."""
-    new = False
+def _move_cut_channels_last_(
+    entrants: Sequence[_Entrant], found: dict[str, Tensor], mask: Mask, groups: Sequence[ChannelGroup]
+) -> bool:
+    """Let channels that have no living weight left in some tensor come last in all; returns whether any are new.
+
+    Args:
+        entrants: The tensors.
+        found: Per group, by its gate, the channels that were cut before; those of now are added.
+        mask: What lives.
+        groups: The channels.
+    """
+    by_name, new = {one.name: one for one in entrants}, False
     for group in groups:
-        masked = [member for member in group.members if member.name in mask]
+        members = [member for member in group.members if member.name in mask]
         cut = torch.zeros(group.channels, dtype=torch.bool)
-        for name, dim, start, stop in masked:
+        for name, dim, start, stop in members:
             cut[start:stop] |= ~mask[name].transpose(0, dim).flatten(1).any(1).cpu()
-        for name, dim, start, stop in masked:
-            marks, index = lost[name].transpose(0, dim), cut[start:stop].nonzero().squeeze(1).to(lost[name].device)
-            new = new or not bool(marks[index].all())
-            marks[index] = True
+        before = found.get(group.gate, torch.zeros_like(cut))
+        if (cut & ~before).any():
+            found[group.gate] = cut | before
+            for name, dim, start, stop in members:
+                index = found[group.gate][start:stop].nonzero().squeeze(1)
+                by_name[name].last.append((dim, index.to(by_name[name].score.device)))
+            new = True
+    if new and not any(one.shift for one in entrants):
+        low, high = min(float(one.score.min()) for one in entrants), max(float(one.score.max()) for one in entrants)
+        for one in entrants:
+            one.shift = high - low + 1
     return new
 
 
-def _prune(
-    scores: Mapping[str, Tensor],
-    sparsity: float,
-    pattern: tuple[int, int] | None,
-    scope: str,
-    floor: int,
-    within: Mask | None,
-) -> Mask:
+def _prune(entrants: Sequence[_Entrant], sparsity: float, pattern: tuple[int, int] | None, scope: str) -> Mask:
     if pattern is not None:
-        return _prune_groups(scores, sparsity, *pattern, floor, within)
-    sizes = {name: score.numel() for name, score in scores.items()}
-    dead = round(sparsity * sum(sizes.values()))
-    ranks = {name: _protected(name, score, floor, within) for name, score in scores.items()}
+        return _prune_groups(entrants, sparsity, *pattern)
+    dead = round(sparsity * sum(one.size for one in entrants))
     if scope == 'global':
-        flat = torch.cat(list(ranks.values()))
-        alive = _all_but_lowest(flat, dead, 'all tensors together').split(list(sizes.values()))
-        return Mask({name: a.view(scores[name].shape) for name, a in zip(sizes, alive, strict=True)})
-    quota = _quota(ranks, sparsity, dead)
-    return Mask(
-        {name: _all_but_lowest(rank, quota[name], name).view(scores[name].shape) for name, rank in ranks.items()}
-    )
+        alive = _prune_together(entrants, dead)
+    else:
+        quota = _quota(entrants, sparsity, dead)
+        alive = {one.name: _all_but_lowest([one], quota[one.name])[one.name] for one in entrants}
+    return Mask({one.name: alive[one.name].view(one.score.shape) for one in entrants})
+
+
+def _prune_together(entrants: Sequence[_Entrant], dead: int) -> dict[str, Tensor]:
+    """Flat masks with so many False in all tensors together; a tensor that would fall below its floor keeps that."""
+    size, forced = sum(one.size for one in entrants), sum(one.dead for one in entrants)
+    free = sum(one.may_die for one in entrants)
+    if dead > free:
+        raise ValueError(f'{dead} weights should die in all tensors together, but only {free} of {size} may')
+    if dead < forced:
+        raise ValueError(f'{forced} weights of all tensors together are dead already, more than the {dead} asked for')
+    settled: dict[str, Tensor] = {}
+    while True:
+        left = [one for one in entrants if one.name not in settled]
+        alive = _all_but_lowest(left, dead - sum(one.may_die for one in entrants if one.name in settled))
+        starved = [one for one in left if int(alive[one.name].count_nonzero()) < one.floor]
+        if not starved:
+            return {**settled, **alive}
+        for one in starved:
+            settled |= _all_but_lowest([one], one.may_die)
+
+
+def _all_but_lowest(entrants: Sequence[_Entrant], k: int) -> dict[str, Tensor]:
+    """Flat masks with exactly k False in all, at the lowest ranks; among ties the first go first."""
+    if k == sum(one.dead for one in entrants):
+        return {one.name: ~one.ranks().isneginf() for one in entrants}
+    border = _kth_lowest(entrants, k)
+    alive = {one.name: one.ranks() > border for one in entrants}
+    surplus = sum(one.size for one in entrants) - k - sum(int(a.count_nonzero()) for a in alive.values())
+    for one in reversed(entrants):
+        if surplus:
+            ties = (one.ranks() == border).nonzero().squeeze(1)
+            living = ties[max(0, ties.numel() - surplus) :]
+            alive[one.name].index_fill_(0, living, True)
+            surplus -= living.numel()
+    return alive
+
+
+def _kth_lowest(entrants: Sequence[_Entrant], k: int) -> Tensor:
+    """The k-th lowest of all ranks, counted from 1.
+
+    A sample of the ranks, sorted, says between which two of them it should lie; only what lies there is looked through.
+    """
+    size = sum(one.size for one in entrants)
+    stride = max(1, size // SAMPLE)
+    sample = torch.cat([one.ranks()[::stride] for one in entrants]).sort().values
+    place, margin = k * sample.numel() // size, 4 * isqrt(sample.numel()) + len(entrants)
+    ends = sample.new_tensor([-inf, inf])
+    low = sample[place - margin] if place >= margin else ends[0]
+    high = sample[place + margin] if place + margin < sample.numel() else ends[1]
+    below, at_low, between = 0, 0, []
+    for one in entrants:
+        ranks = one.ranks()
+        below += int((ranks < low).count_nonzero())
+        at_low += int((ranks == low).count_nonzero())
+        between.append(ranks[(ranks > low) & (ranks <= high)])
+    if below < k <= below + at_low:
+        return low
+    inside = torch.cat(between)
+    if not below + at_low < k <= below + at_low + inside.numel():  # the sample was not like the rest
+        below, at_low, inside = 0, 0, torch.cat([one.ranks() for one in entrants])
+    return inside.kthvalue(k - below - at_low).values
 
 
 def _pattern(scope: str) -> tuple[int, int] | None:
@@ -115,74 +234,40 @@ def _pattern(scope: str) -> tuple[int, int] | None:
     return (n, m) if n <= m else None
 
 
-def _prune_groups(
-    scores: Mapping[str, Tensor], sparsity: float, n: int, m: int, floor: int, within: Mask | None
-) -> Mask:
+def _prune_groups(entrants: Sequence[_Entrant], sparsity: float, n: int, m: int) -> Mask:
     """Let the best n of every m consecutive weights of an output live, where m divides its inputs."""
     if abs(sparsity - (1 - n / m)) > 1e-6:
         raise ValueError(f'scope {n}:{m} means sparsity {1 - n / m:g}, got {sparsity}')
     mask = Mask()
-    for name, score in scores.items():
-        rank = _ranked(name, score, within)
-        alive = ~rank.isneginf()
-        if score.shape[1:].numel() % m == 0:
+    for one in entrants:
+        ranks = one.ranks()
+        alive = ~ranks.isneginf()
+        if one.score.shape[1:].numel() % m == 0:
             groups = alive.view(-1, m)
             if (groups.sum(1) < n).any():
                 raise ValueError(
-                    f'{n} of every {m} weights of {name!r} should live, but in some groups fewer are alive'
+                    f'{n} of every {m} weights of {one.name!r} should live, but in some groups fewer are alive'
                 )
-            if min(floor, score.numel()) > len(groups) * n:
-                raise ValueError(f'{n}:{m} leaves {name!r} {len(groups) * n} living weights, fewer than floor={floor}')
-            lowest = rank.view(-1, m).argsort(dim=1, stable=True)[:, : m - n]
+            if one.floor > len(groups) * n:
+                raise ValueError(
+                    f'{n}:{m} leaves {one.name!r} {len(groups) * n} living weights, fewer than floor={one.floor}'
+                )
+            lowest = ranks.view(-1, m).argsort(dim=1, stable=True)[:, : m - n]
             alive = groups.scatter(1, lowest, False)
-        mask[name] = alive.view(score.shape)
-    if all(score.shape[1:].numel() % m for score in scores.values()):
+        mask[one.name] = alive.view(one.score.shape)
+    if all(one.score.shape[1:].numel() % m for one in entrants):
         raise ValueError(f'scope {n}:{m} fits no tensor: {m} divides the inputs of none')
     return mask
 
 
-def _ranked(name: str, score: Tensor, within: Mask | None) -> Tensor:
-    """Scores in float, flat; -inf for what must stay dead."""
-    rank = score.flatten().to(torch.promote_types(score.dtype, torch.float32))
-    if within is None:
-        return rank
-    if name not in within or within[name].shape != score.shape:
-        raise ValueError(f'the mask to prune within has no entry of shape {tuple(score.shape)} for {name!r}')
-    return rank.masked_fill(~within[name].flatten().to(rank.device), -torch.inf)
-
-
-def _protected(name: str, score: Tensor, floor: int, within: Mask | None) -> Tensor:
-    """Ranked scores, and +inf for the tensor's best, which must live."""
-    rank = _ranked(name, score, within)
-    floor = min(floor, rank.numel() - int(rank.isneginf().sum()))
-    return rank.masked_fill(_all_but_lowest(rank, rank.numel() - floor, name), torch.inf)
-
-
-def _all_but_lowest(rank: Tensor, k: int, where: str) -> Tensor:
-    """A flat mask with exactly k False, at the lowest ranks; among ties the first go first."""
-    free = rank.numel() - int(rank.isposinf().sum())
-    if k > free:
-        raise ValueError(f'{k} weights should die in {where}, but only {free} of {rank.numel()} may')
-    forced = int(rank.isneginf().sum())
-    if k < forced:
-        raise ValueError(f'{forced} weights of {where} are dead already, more than the {k} asked for')
-    if k == 0:
-        return torch.ones_like(rank, dtype=torch.bool)
-    threshold = rank.kthvalue(k).values
-    alive = rank > threshold
-    ties = (rank == threshold).nonzero().squeeze(1)
-    surplus = rank.numel() - k - int(alive.sum())
-    return alive.index_fill_(0, ties[ties.numel() - surplus :], True)
-
-
-def _quota(ranks: Mapping[str, Tensor], sparsity: float, dead: int) -> dict[str, int]:
+def _quota(entrants: Sequence[_Entrant], sparsity: float, dead: int) -> dict[str, int]:
     """Whole numbers per tensor that add up to `dead`: as near to this sparsity as what is dead already, and what
     must live, allow.
     """
-    wanted = {name: sparsity * rank.numel() for name, rank in ranks.items()}
-    least = {name: int(rank.isneginf().sum()) for name, rank in ranks.items()}
-    most = {name: rank.numel() - int(rank.isposinf().sum()) for name, rank in ranks.items()}
-    quota = {name: min(max(int(wanted[name]), least[name]), most[name]) for name in ranks}
+    wanted = {one.name: sparsity * one.size for one in entrants}
+    least = {one.name: one.dead for one in entrants}
+    most = {one.name: one.may_die for one in entrants}
+    quota = {name: min(max(int(wanted[name]), least[name]), most[name]) for name in wanted}
     while missing := dead - sum(quota.values()):
         one = 1 if missing > 0 else -1
         movable = [name for name in quota if least[name] <= quota[name] + one <= most[name]]
