@@ -15,6 +15,7 @@ import timm
 import torch
 from rich.console import Console
 from rich.table import Table
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 import timm_supertickets
@@ -25,7 +26,7 @@ from timm_supertickets.search.importance import GatePenalty, gate_importance, pe
 from timm_supertickets.search.select import select_by_budget
 from timm_supertickets.search.shrink import shrink, shrink_optimizer_
 from timm_supertickets.sparsity.prune import prune
-from timm_supertickets.sparsity.scores import magnitude
+from timm_supertickets.sparsity.scores import lamp, magnitude
 
 # (input channels, output channels, side, residual): blocks of supernet_mbv2 at 224x224
 BLOCKS = ((24, 24, 56, True), (32, 32, 28, True), (64, 64, 14, True), (96, 96, 14, True), (160, 160, 7, True))
@@ -103,10 +104,10 @@ def bench_blocks(repeats: int) -> list[tuple[str, float, float, float]]:
     return rows
 
 
-def bench_step(repeats: int) -> list[tuple[str, float, float, float]]:
-    """A whole step with penalty and mask against a plain one, and events in units of plain steps; batch 64, 64x64."""
+def bench_step(name: str, repeats: int) -> list[tuple[str, float, float, float]]:
+    """A step with penalty, mask and average against a plain one, and events in units of it; batch 64, 64x64."""
     size = (3, 64, 64)
-    net = timm.create_model('supernet_mbv2', num_classes=10)
+    net = timm.create_model(name, num_classes=10)
     plain = copy.deepcopy(net)
     images, labels = torch.randn(64, *size).to(memory_format=torch.channels_last), torch.randint(10, (64,))
     optimizer, plain_optimizer = (torch.optim.SGD(n.parameters(), lr=1e-3, momentum=0.9) for n in (net, plain))
@@ -115,6 +116,7 @@ def bench_step(repeats: int) -> list[tuple[str, float, float, float]]:
     cost = model_cost(net, size)
     macs = channel_macs(groups, cost)
     penalty = GatePenalty(net, penalty_weights(macs))
+    average = ModelEmaV3(net, decay=0.999)
 
     def step(model: nn.Module, opt: torch.optim.Optimizer, masked: bool) -> None:
         opt.zero_grad()
@@ -125,9 +127,13 @@ def bench_step(repeats: int) -> list[tuple[str, float, float, float]]:
         opt.step()
         if masked:
             mask.zero_weights_(model)
+            average.update(model)
 
     def prune_event() -> None:
-        prune(magnitude(net), 0.9)
+        prune(magnitude(net), 0.9, groups=groups)
+
+    def lamp_event() -> None:
+        prune(lamp(net), 0.9, groups=groups)
 
     def shrink_event() -> None:
         keep = select_by_budget(groups, gate_importance(net, groups), macs, cost.macs, 0.5 * cost.macs)
@@ -138,15 +144,24 @@ def bench_step(repeats: int) -> list[tuple[str, float, float, float]]:
 
     rows = []
     a, b, ratio = side_by_side(lambda: step(net, optimizer, True), lambda: step(plain, plain_optimizer, False), repeats)
-    rows.append(('supernet_mbv2, batch 64: step with penalty and mask / plain step', a, b, ratio))
+    rows.append((f'{name}, batch 64: step with penalty, mask and average / plain step', a, b, ratio))
     weights = sum(p.numel() for p in prunable(net).values())
-    for name, event in (
-        (f'prune event, {weights:,} weights', prune_event),
+    for what, event in (
+        (f'prune event by magnitude, {weights:,} weights', prune_event),
+        (f'prune event by LAMP, {weights:,} weights', lamp_event),
         ('search and shrink event to half the MACs', shrink_event),
     ):
         a, b, ratio = side_by_side(event, lambda: step(plain, plain_optimizer, False), max(3, repeats // 3))
-        rows.append((f'{name} / plain step', a, b, ratio))
+        rows.append((f'{name}: {what} / plain step', a, b, ratio))
     return rows
+
+
+def bench_prune(repeats: int) -> list[tuple[str, float, float, float]]:
+    """A hundred million scores pruned by exact k, against sorting a hundredth of them."""
+    scores = {f'layer{i}': torch.rand(1000, 1000, 2) for i in range(50)}
+    some = scores['layer0'].flatten()[:1_000_000]
+    a, b, ratio = side_by_side(lambda: prune(scores, 0.8), lambda: some.sort(), max(3, repeats // 3))
+    return [('prune 100,000,000 scores by exact k / sort 1,000,000', a, b, ratio)]
 
 
 def bench_load(repeats: int) -> list[tuple[str, float, float, float]]:
@@ -178,7 +193,10 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    rows = bench_blocks(args.repeats) + bench_step(args.repeats) + bench_load(args.repeats)
+    rows = bench_blocks(args.repeats)
+    for name in ('supernet_mbv2', 'supernet_hr_tiny'):
+        rows += bench_step(name, args.repeats)
+    rows += bench_prune(args.repeats) + bench_load(args.repeats)
     table = Table(
         title=f'timm_supertickets {timm_supertickets.__version__}, torch {torch.__version__}, '
         f'{platform.machine()}, {args.threads} threads, medians of {args.repeats} turns'

@@ -38,6 +38,7 @@ import timm_supertickets
 from timm_supertickets import Mask, Ticket, prunable
 from timm_supertickets.channels import ChannelGroup, Keep
 from timm_supertickets.cost import channel_macs, model_cost
+from timm_supertickets.models.stock import inverted_residual_groups
 from timm_supertickets.search.importance import GatePenalty, gate_importance, penalty_weights
 from timm_supertickets.search.select import select_by_budget, select_by_threshold
 from timm_supertickets.search.shrink import searchable
@@ -355,8 +356,8 @@ def reactivated(config: Config, state: State, share: float) -> Mask:
 
 
 def channel_groups(net: nn.Module) -> tuple[ChannelGroup, ...]:
-    """Those of a net that has any."""
-    return searchable(net).channel_groups() if hasattr(net, 'channel_groups') else ()
+    """What lives or dies whole: the channels of a member of a space, or of inverted residuals."""
+    return searchable(net).channel_groups() if hasattr(net, 'channel_groups') else inverted_residual_groups(net)
 
 
 def draw(run: Run, trunk: State, target: float, steps: int) -> None:

@@ -1,5 +1,7 @@
 import csv
 import gc
+import itertools
+import multiprocessing
 import os
 import re
 import shutil
@@ -26,6 +28,9 @@ from parts.state import State
 from timm.utils import ModelEmaV3
 
 from timm_supertickets import Mask, load_ticket, prunable
+from timm_supertickets.cost import channel_macs, model_cost
+from timm_supertickets.search.importance import gate_importance
+from timm_supertickets.search.select import select_by_budget
 
 ROOT = Path(__file__).parents[2]
 SMOKE = ['--config', str(ROOT / 'recipes/configs/smoke.yaml'), 'threads=1']  # more would wait for other tests' load
@@ -336,6 +341,64 @@ def test_memory_is_flat_over_many_events(tmp_path, monkeypatch):
     assert max(counts[5:]) <= max(counts[:5])
     assert max(sizes[5:]) <= max(sizes[:5])
     assert max(traced[5:-1]) < min(traced[5:-1]) + 100_000  # 20 rows of the summary, and what libraries remember
+
+
+@pytest.mark.slow
+def test_events_of_a_large_net_stay_within_two_and_a_half_times_its_state():
+    """A hundred million parameters, shrunk and pruned twenty times, in a process of their own."""
+    spawn = multiprocessing.get_context('spawn')
+    ours, theirs = spawn.Pipe()
+    process = spawn.Process(target=shrink_twenty_times, args=(theirs,))
+    process.start()
+    theirs.close()
+    params, held, peak, left = ours.recv()
+    process.join()
+    assert params[0] > 98_000_000
+    assert len(params) == 21
+    assert all(b < a for a, b in itertools.pairwise(params))
+    assert left < params[0] // 4
+    print(f'peak {peak / 1e9:.2f} GB, {peak / held:.2f} times weights, momentum and mask')
+    assert peak < 2.5 * held
+
+
+def shrink_twenty_times(pipe):
+    def memory(which):
+        lines = Path('/proc/self/status').read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(which))
+
+    def step():
+        state.net(torch.randn(2, *size)).sum().backward()
+        state.mask.zero_grads_(state.net)
+        state.optimizer.step()
+        state.keep_gradients()
+        state.optimizer.zero_grad()
+        state.mask.zero_weights_(state.net)
+
+    torch.set_num_threads(1)
+    before, size, config = memory('VmRSS'), (3, 32, 32), Config()
+    net = timm.create_model('supernet_mbv2', width=5.0, num_classes=10)
+    state = train.start(config, net, Mask.dense(prunable(net)))
+    del net
+    step()
+    tensors = [*state.net.state_dict().values(), *state.mask.values()]
+    tensors += [value for values in state.optimizer.state.values() for value in values.values()]
+    held = sum(tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor))
+    del tensors
+    params, first = [count_parameters(state.net)], model_cost(state.net, size).macs
+    for event in range(1, 21):
+        groups, cost = state.net.channel_groups(), model_cost(state.net, size)
+        macs, importance = channel_macs(groups, cost), gate_importance(state.net, groups)
+        state.shrink(select_by_budget(groups, importance, macs, cost.macs, first * (1 - 0.03 * event)))
+        state.mask = train.pruned(config, state, 0.04 * event)
+        state.zero_dead_weights_()
+        state.mask = train.reactivated(config, state, 0.1)
+        step()
+        params.append(count_parameters(state.net))
+    pipe.send((params, held, memory('VmHWM') - before, state.mask.alive))
+
+
+def count_parameters(net):
+    return sum(param.numel() for param in net.parameters())
 
 
 class Notebook(GeneralTracker):

@@ -8,6 +8,7 @@ import torch
 
 import timm_supertickets  # noqa: F401 registers the models
 from timm_supertickets.channels import ChannelGroup, Member
+from timm_supertickets.models.stock import inverted_residual_groups
 from timm_supertickets.sparsity.mask import Mask
 from timm_supertickets.sparsity.prune import prune
 from timm_supertickets.sparsity.scores import lamp
@@ -412,12 +413,20 @@ def cut_weights(mask, groups):
 
 @pytest.mark.parametrize(
     ('name', 'scope'),
-    [('supernet_mbv2_tiny', 'global'), ('supernet_mbv2_tiny', 'tensor'), ('supernet_hr_tiny', 'global')],
+    [
+        ('supernet_mbv2_tiny', 'global'),
+        ('supernet_mbv2_tiny', 'tensor'),
+        ('supernet_hr_tiny', 'global'),
+        ('mobilenetv2_035', 'global'),
+        ('mobilenetv3_small_050', 'global'),
+    ],
 )
 def test_no_living_weight_is_left_in_a_channel_that_is_cut(name, scope):
     torch.manual_seed(0)
     net = timm.create_model(name)
-    scores, groups = lamp(net), net.channel_groups()
+    scores, groups = lamp(net), inverted_residual_groups(net) if name.startswith('mobile') else net.channel_groups()
+    if name.startswith('mobile'):
+        assert len(groups) == {'mobilenetv2_035': 16, 'mobilenetv3_small_050': 10}[name]
     alone = prune(scores, 0.95, scope=scope)
     assert cut_weights(alone, groups) > 100
     mask = prune(scores, 0.95, scope=scope, groups=groups)
