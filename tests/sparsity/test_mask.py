@@ -378,6 +378,7 @@ def test_a_shuffled_mask_has_as_many_living_weights_elsewhere():
     assert {name: int(alive.sum()) for name, alive in shuffled.items()} == {'a': 12, 'b': 7}
     assert shuffled['a'].shape == (3, 4, 5)
     assert not torch.equal(shuffled['a'], mask['a'])
+    assert int(shuffled['a'][0, :3].sum()) == 12  # the other channels, two out and one in, are dead and stay so
     again, other = (mask.shuffled(torch.Generator().manual_seed(seed))['a'] for seed in (0, 1))
     assert torch.equal(again, shuffled['a'])
     assert not torch.equal(other, shuffled['a'])

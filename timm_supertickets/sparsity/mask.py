@@ -102,15 +102,21 @@ class Mask(dict[str, Tensor]):
         return 1 - self.alive / self.total if self.total else 0.0
 
     def shuffled(self, generator: torch.Generator) -> 'Mask':
-        """As many living weights in every tensor, in random places: what a mask must beat.
+        """As many living weights in every tensor, in random places of the channels that live: what a mask must beat.
+
+        A channel with no weight alive in a tensor, out or in, has none there afterwards.
 
         Args:
             generator: On the CPU; decides the places.
         """
         shuffled = Mask()
         for name, alive in self.items():
-            order = torch.randperm(alive.numel(), generator=generator).to(alive.device)
-            shuffled[name] = alive.flatten()[order].view(alive.shape)
+            channels = [alive.unsqueeze(-1).transpose(0, dim).flatten(1).any(1) for dim in range(min(2, alive.dim()))]
+            open_ = torch.ones_like(alive)
+            for dim, lives in enumerate(channels):
+                open_.transpose(0, dim)[~lives] = False
+            order = torch.randperm(int(open_.sum()), generator=generator).to(alive.device)
+            shuffled[name] = open_.masked_scatter(open_, alive[open_][order])
         return shuffled
 
     def check(self, model: nn.Module) -> None:
