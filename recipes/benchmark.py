@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.nn.utils import prune as masking
 
 import timm_supertickets
 from timm_supertickets import Mask, Ticket, prunable
@@ -33,27 +34,45 @@ BLOCKS = ((24, 24, 56, True), (32, 32, 28, True), (64, 64, 14, True), (96, 96, 1
 
 
 class Branches(nn.Module):
-    """The block as a sum of separate branches, one per kernel size, before one batch norm."""
+    """A block as a sum of separate branches, one per kernel size, before one batch norm.
 
-    def __init__(self, in_chs: int, out_chs: int, hidden: int) -> None:
+    Args:
+        block: What it is instead of.
+    """
+
+    def __init__(self, block: MixedBlock) -> None:
         super().__init__()
+        in_chs, out_chs = block.conv_pw.in_channels, block.conv_pwl.out_channels
         self.branches = nn.ModuleList(
             nn.Sequential(
                 nn.Conv2d(in_chs, hidden, 1, bias=False),
                 nn.BatchNorm2d(hidden),
-                nn.ReLU6(inplace=True),
-                nn.Conv2d(hidden, hidden, kernel, padding=kernel // 2, groups=hidden, bias=False),
+                copy.deepcopy(block.bn1.act),
+                nn.Conv2d(hidden, hidden, conv.kernel_size, conv.stride, conv.padding, groups=hidden, bias=False),
                 nn.BatchNorm2d(hidden),
-                nn.ReLU6(inplace=True),
+                copy.deepcopy(block.bn2.act),
                 nn.Conv2d(hidden, out_chs, 1, bias=False),
             )
-            for kernel in (3, 5, 7)
+            for conv, hidden in zip(block.conv_dw.values(), block.conv_dw.splits, strict=True)
         )
         self.bn = nn.BatchNorm2d(out_chs)
+        self.has_skip = block.has_skip
 
     def forward(self, x: Tensor) -> Tensor:
-        """Sum of the branches, normalised, plus the input."""
-        return self.bn(sum(branch(x) for branch in self.branches)) + x
+        """Sum of the branches, normalised, plus the input where the block is residual."""
+        summed = self.bn(sum(branch(x) for branch in self.branches))
+        return summed + x if self.has_skip else summed
+
+
+def piecewise(net: nn.Module) -> nn.Module:
+    """The same net with separate branches, each of whose convolutions multiplies its weight by a mask."""
+    net = copy.deepcopy(net).to(memory_format=torch.contiguous_format)
+    for name, block in list(net.named_modules()):
+        if isinstance(block, MixedBlock):
+            net.set_submodule(name, Branches(block))
+    for name in prunable(net):
+        masking.random_unstructured(net.get_submodule(name.removesuffix('.weight')), 'weight', 0.8)
+    return net.to(memory_format=torch.channels_last)
 
 
 def side_by_side(ours: Callable[[], object], theirs: Callable[[], object], repeats: int) -> tuple[float, float, float]:
@@ -88,7 +107,7 @@ def bench_blocks(repeats: int) -> list[tuple[str, float, float, float]]:
     for in_chs, out_chs, side, skip in BLOCKS:
         hidden = 4 * in_chs
         fused = MixedBlock(in_chs, out_chs, dict.fromkeys((3, 5, 7), hidden), skip=skip)
-        branches = Branches(in_chs, out_chs, hidden)
+        branches = Branches(fused)
         images = torch.randn(32, in_chs, side, side).to(memory_format=torch.channels_last)
         a, b, ratio = side_by_side(training_step(fused, images), training_step(branches, images), repeats)
         rows.append((f'block {in_chs} at {side}x{side}: fused / branches, train, batch 32', a, b, ratio))
@@ -107,7 +126,7 @@ def bench_blocks(repeats: int) -> list[tuple[str, float, float, float]]:
 def bench_step(name: str, repeats: int) -> list[tuple[str, float, float, float]]:
     """A step with penalty, mask and average against a plain one, and events in units of it; batch 64, 64x64."""
     size = (3, 64, 64)
-    net = timm.create_model(name, num_classes=10)
+    net = timm.create_model(name, num_classes=10).to(memory_format=torch.channels_last)
     plain = copy.deepcopy(net)
     images, labels = torch.randn(64, *size).to(memory_format=torch.channels_last), torch.randint(10, (64,))
     optimizer, plain_optimizer = (torch.optim.SGD(n.parameters(), lr=1e-3, momentum=0.9) for n in (net, plain))
@@ -129,6 +148,22 @@ def bench_step(name: str, repeats: int) -> list[tuple[str, float, float, float]]
             mask.zero_weights_(model)
             average.update(model)
 
+    pieces = piecewise(net)
+    copied = [param.detach().clone() for param in pieces.parameters()]
+    pieces_optimizer = torch.optim.SGD(pieces.parameters(), lr=1e-3, momentum=0.9)
+    gates = [m.weight for m in pieces.modules() if isinstance(m, nn.BatchNorm2d)]
+
+    def step_in_pieces() -> None:
+        pieces_optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(pieces(images), labels)
+        for gate in gates:
+            loss = loss + 1e-4 * gate.abs().sum()
+        loss.backward()
+        pieces_optimizer.step()
+        with torch.no_grad():
+            for old, param in zip(copied, pieces.parameters(), strict=True):
+                old.mul_(0.999).add_(param, alpha=0.001)
+
     def prune_event() -> None:
         prune(magnitude(net), 0.9, groups=groups)
 
@@ -145,6 +180,8 @@ def bench_step(name: str, repeats: int) -> list[tuple[str, float, float, float]]
     rows = []
     a, b, ratio = side_by_side(lambda: step(net, optimizer, True), lambda: step(plain, plain_optimizer, False), repeats)
     rows.append((f'{name}, batch 64: step with penalty, mask and average / plain step', a, b, ratio))
+    a, b, ratio = side_by_side(lambda: step(net, optimizer, True), step_in_pieces, repeats)
+    rows.append((f'{name}, batch 64: the same / step of separate branches, layers, gates and averages', a, b, ratio))
     weights = sum(p.numel() for p in prunable(net).values())
     for what, event in (
         (f'prune event by magnitude, {weights:,} weights', prune_event),

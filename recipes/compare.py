@@ -39,8 +39,9 @@ ARMS = {
     'retrained': 'the joint ticket, retrained shortly with its mask',
     'mask_fresh': "the joint ticket's mask, trained from fresh weights",
     'mask_initial': "the joint ticket's mask, trained from its own initial weights",
-    'moved': 'the joint ticket of {other}, fine-tuned here with its mask',
-    'moved_dense': 'the dense net of {other}, fine-tuned here without a mask',
+    'moved': 'the joint ticket of {other}, fine-tuned here with its mask, for as many steps as a joint run',
+    'moved_short': 'the same, with as few steps as a short retraining',
+    'moved_dense': 'the dense net of {other}, fine-tuned here without a mask, for as many steps',
     'moved_random': 'the joint ticket of {other}, its mask shuffled, fresh weights, trained here as long',
 }
 DENSE = ('dense', 'moved_dense')
@@ -48,13 +49,13 @@ PICTURES = {
     'accuracy': ['joint', 'two_stage_1x', 'two_stage_2x', 'no_retraining', 'magnitude', 'random_mask', 'dense'],
     'ablations': ['joint', 'family', 'one_shot', 'none', 'reset', 'regrow', 'threshold'],
     'retraining': ['joint', 'retrained', 'mask_fresh', 'mask_initial', 'random_mask'],
-    'transfer': ['joint', 'moved', 'moved_random', 'moved_dense'],
+    'transfer': ['joint', 'moved', 'moved_short', 'moved_random', 'moved_dense'],
 }
 DIFFERENCES = (
     ('joint', 'two_stage_2x'), ('joint', 'two_stage_1x'), ('joint', 'magnitude'), ('joint', 'random_mask'),
     ('family', 'joint'), ('family', 'one_shot'), ('regrow', 'none'), ('reset', 'none'), ('threshold', 'family'),
     ('retrained', 'joint'), ('mask_fresh', 'joint'), ('mask_initial', 'joint'), ('moved', 'joint'),
-    ('moved', 'moved_random'),
+    ('moved', 'moved_short'), ('moved', 'moved_random'),
 )  # fmt: skip
 
 
@@ -72,7 +73,7 @@ class Config:
         arms: Which arms; all by default.
         targets: Sparsities.
         seeds: So many seeds, from 0.
-        retrain: Steps of a short retraining and of fine-tuning on other images, as a share of those of a joint run.
+        retrain: Steps of a short retraining, as a share of those of a joint run.
         threshold: What the search by threshold has for settings, as `key=value`.
         jobs: Runs at a time, each on one thread of a CPU.
         output: Folder of the runs.
@@ -181,9 +182,10 @@ def plan(config: Config, seed: int) -> dict[tuple[str, float], Cell]:
         'retrained': from_joint('retrained', short),
         'mask_fresh': from_joint('mask_fresh', whole, 'weights=fresh'),
         'mask_initial': from_joint('mask_initial', whole, suffix='_initial'),
-        'moved': tuned('moved', other, short),
-        'moved_dense': tuned('moved_dense', other_dense, short, 'mask=dense'),
-        'moved_random': tuned('moved_random', other, short, 'weights=fresh', 'mask=shuffle'),
+        'moved': tuned('moved', other, whole),
+        'moved_short': tuned('moved_short', other, short),
+        'moved_dense': tuned('moved_dense', other_dense, whole, 'mask=dense'),
+        'moved_random': tuned('moved_random', other, whole, 'weights=fresh', 'mask=shuffle'),
     }
     dense_ones = {arm: {max(config.targets): cells[max(config.targets)]} for arm, cells in arms.items() if arm in DENSE}
     return {(arm, t): cell for arm in config.arms for t, cell in {**arms, **dense_ones}[arm].items()}
