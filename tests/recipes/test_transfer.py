@@ -61,6 +61,14 @@ def test_run_again_it_trains_nothing(moved, monkeypatch):
     transfer.main(moved[1])
 
 
+def test_dense_nets_need_not_be_used(moved):
+    transfer.main([*moved[1], 'dense_used=false', f'results={moved[0] / "fewer"}'])
+    said = json.loads((moved[0] / 'fewer/results.json').read_text())
+    found = [(row['kind'], row['used']) for row in said['results']]
+    assert found == [('sparse', None), ('dense', None), ('sparse', 'segment')]
+    assert 'classify, dense' not in (moved[0] / 'fewer/README.md').read_text()
+
+
 @pytest.mark.parametrize(
     ('args', 'says'),
     [
