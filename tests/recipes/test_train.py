@@ -26,6 +26,7 @@ from parts.config import Config
 from parts.report import Report
 from parts.state import State
 from timm.utils import ModelEmaV3
+from torch._dynamo.utils import counters
 
 from timm_supertickets import Mask, load_ticket, prunable
 from timm_supertickets.cost import channel_macs, model_cost
@@ -135,6 +136,20 @@ def test_resolved_config_repeats_the_run_bit_for_bit(smoke, tmp_path):
         assert ticket.weights.keys() == other.weights.keys()
         assert all(torch.equal(tensor, other.weights[key]) for key, tensor in ticket.weights.items())
         assert {**ticket.facts, 'command': ''} == {**other.facts, 'command': ''}
+
+
+@pytest.mark.slow
+def test_a_compiled_run_captures_a_graph_per_net_and_draws_the_same_tickets(smoke, tmp_path, monkeypatch):
+    monkeypatch.setenv('ACCELERATE_DYNAMO_BACKEND', 'aot_eager')  # what rounds as eager does
+    torch._dynamo.reset()
+    counters.clear()
+    train.main([*SMOKE, f'output={tmp_path}'])
+    with (tmp_path / 'summary.csv').open() as file:
+        shrunk = {row['macs'] for row in csv.DictReader(file)}
+    assert counters['stats']['unique_graphs'] == len(shrunk) + 1  # and the supernet's, which has no row
+    for name in TICKETS:
+        ticket, other = (load_ticket(folder / name) for folder in (tmp_path, smoke[0]))
+        assert all(torch.equal(tensor, other.weights[key]) for key, tensor in ticket.weights.items())
 
 
 @pytest.fixture(scope='module')
