@@ -15,6 +15,7 @@ import timm
 import torch
 from rich.console import Console
 from rich.table import Table
+from safetensors.torch import save_file
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.utils import prune as masking
@@ -219,6 +220,16 @@ def bench_load(repeats: int) -> list[tuple[str, float, float, float]]:
             )
         name = f'create_model of supernet_mbv2 at s{100 * sparsity:g}, pretrained: packed / dense file'
         rows.append((name, a, b, ratio))
+    with tempfile.TemporaryDirectory() as folder:
+        file = f'{folder}/model.safetensors'
+        save_file(timm.create_model('mobilenetv2_100').state_dict(), file)
+        overlay = {'file': file}
+        a, b, ratio = side_by_side(
+            lambda: timm.create_model('superticket_mbv2_s50', pretrained=True),
+            lambda: timm.create_model('mobilenetv2_100', pretrained=True, pretrained_cfg_overlay=overlay),
+            repeats,
+        )
+    rows.append(('create_model, pretrained: superticket_mbv2_s50 / mobilenetv2_100 from a dense file', a, b, ratio))
     return rows
 
 

@@ -110,13 +110,13 @@ class State:
 
     @torch.no_grad()
     def keep_gradients(self) -> None:
-        """Remember the dense gradients of the masked weights."""
+        """Remember the dense gradients of the masked weights; of what a loss does not depend on they are zero."""
         params = self.net.named_parameters()
         # what overflows in fp16, whose step the scaler then skips, says nothing of how large a gradient is
         self.gradients = {
-            name: p.grad.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+            name: torch.zeros_like(p) if p.grad is None else p.grad.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
             for name, p in params
-            if name in self.mask and p.grad is not None
+            if name in self.mask
         }
 
     def keep_initial(self) -> None:
