@@ -264,21 +264,25 @@ def differ(results: list[dict[str, Any]], ours: str, theirs: str, target: float)
 
 
 def draw(path: Path, arms: list[str], results: list[dict[str, Any]]) -> None:
-    """Top-1 of some arms over sparsity, mean and standard deviation; a dense one is a line across."""
+    """Errors of some arms over sparsity: every seed a dot, a line through the means, and across for a dense one."""
     figure = create_figure(8, 5)
     axis = figure.subplots()
     places = sorted({row['sparsity'] for row in results} - {0.0})
-    for arm in arms:
-        found = [[100 * r['top1'] for r in results if r['arm'] == arm and r['sparsity'] == t] for t in places]
+    for index, arm in enumerate(arms):
+        found = [[100 - 100 * r['top1'] for r in results if r['arm'] == arm and r['sparsity'] == t] for t in places]
         if arm in DENSE:
-            level = statistics.mean(100 * row['top1'] for row in results if row['arm'] == arm)
+            level = statistics.mean(100 - 100 * row['top1'] for row in results if row['arm'] == arm)
             axis.axhline(level, color='#777777', linestyle=':', label=arm)
             continue
-        means = [statistics.mean(values) for values in found]
-        errors = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in found]
-        axis.errorbar(range(len(places)), means, errors, marker='.', capsize=3, label=arm)
+        shift = 0.02 * (index - len(arms) / 2)  # beside each other
+        axis.plot(range(len(places)), [statistics.mean(values) for values in found], color=f'C{index}', label=arm)
+        for place, values in enumerate(found):
+            axis.scatter([place + shift] * len(values), values, s=9, color=f'C{index}')
     axis.set_xticks(range(len(places)), [f's{100 * t:g}' for t in places])
-    axis.set(xlabel='sparsity', ylabel='top-1 (%)')
+    axis.set_yscale('symlog', linthresh=1)  # zero has a place
+    ticks = [0, 0.5, 1, 2, 5, 10, 20, 50, 100]
+    axis.set_yticks(ticks, [f'{tick:g}' for tick in ticks])
+    axis.set(xlabel='sparsity', ylabel='top-1 error (%)', ylim=(0, 100))
     axis.grid(axis='y', linewidth=0.3)
     axis.legend()
     figure.savefig(path, dpi=DPI)
