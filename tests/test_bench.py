@@ -5,8 +5,9 @@ import timm
 import torch
 
 from timm_supertickets import Mask, Ticket, bake, bench, export, prunable
-from timm_supertickets.bench import Timing, bench_ticket, show_timings, take_turns
+from timm_supertickets.bench import Timing, bench_ticket, show_timings
 from timm_supertickets.cost import model_cost
+from timm_supertickets.inference import take_turns
 from timm_supertickets.show import make_console
 
 ARCH = {
@@ -24,15 +25,6 @@ def ticket():
     mask = Mask.dense(prunable(model))
     mask['blocks.0.0.conv_pwl.weight'][:, :4] = False
     return Ticket.draw(model, mask, data_config={'input_size': (3, 32, 32)})
-
-
-def test_functions_take_turns_after_a_warm_up(monkeypatch):
-    calls = []
-    clock = iter([0.0, 1.0, 1.0, 3.0, 10.0, 11.5, 11.5, 14.5])
-    monkeypatch.setattr(bench.time, 'perf_counter', lambda: next(clock))
-    times = take_turns({'a': lambda: calls.append('a'), 'b': lambda: calls.append('b')}, 2)
-    assert times == {'a': [1.0, 1.5], 'b': [2.0, 3.0]}
-    assert calls == ['a'] * bench.WARMUP + ['b'] * bench.WARMUP + ['a', 'b', 'a', 'b']
 
 
 def test_the_table_by_hand(capsys):
@@ -58,11 +50,11 @@ def test_a_ticket_is_measured(ticket, monkeypatch, installed):
     seen = []
     monkeypatch.setattr(bench, 'take_turns', lambda *args: seen.append(torch.get_num_threads()) or take_turns(*args))
     rows = {row.name: row for row in bench_ticket(ticket, img_size=48, threads=before + 1, repeats=2)}
-    torches = ['torch', 'torch, channels_last', 'torch, baked']
+    torches = ['torch', 'torch, channels_last', 'torch, baked', 'torch, baked, sparse']
     assert list(rows) == torches + ['onnxruntime', 'onnxruntime, baked'] * installed
     assert (seen, torch.get_num_threads()) == ([before + 1], before)
     dense, baked = (model_cost(model, (3, 48, 48)).macs for model in (ticket.build(), bake(ticket.build())))
-    assert [row.macs for row in rows.values()] == [dense, dense, baked] + [dense, baked] * installed
+    assert [row.macs for row in rows.values()] == [dense, dense, baked, baked] + [dense, baked] * installed
     assert baked < dense
     for row in rows.values():
         assert len(row.times) == 2

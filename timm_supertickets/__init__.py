@@ -7,6 +7,7 @@ from . import models as models
 from .arch import Arch
 from .bake import bake
 from .hub import pull_ticket, push_ticket
+from .inference import sparse_inference
 from .sparsity.keep import keep_sparse
 from .sparsity.mask import Mask, prunable
 from .ticket import Ticket, load_ticket, verify_ticket
@@ -21,6 +22,7 @@ __all__ = [
     'prunable',
     'pull_ticket',
     'push_ticket',
+    'sparse_inference',
     'verify_ticket',
 ]
 __version__ = '0.1.0'

@@ -2,8 +2,7 @@
 
 import copy
 import statistics
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +15,8 @@ from torch import nn
 from .bake import bake
 from .cost import model_cost
 from .export import input_size, missing_for_onnx, open_onnx, to_onnx
+from .inference import sparse_inference, take_turns
 from .ticket import Ticket
-
-WARMUP = 3
 
 
 @dataclass(frozen=True)
@@ -36,20 +34,6 @@ class Timing:
     macs: int
     times: list[float]
     ratios: list[float]
-
-
-def take_turns(functions: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds that functions take, one after the other in every round, so that a busy moment hits them alike."""
-    for function in functions.values():
-        for _ in range(WARMUP):
-            function()
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(repeats):
-        for name, function in functions.items():
-            started = time.perf_counter()
-            function()
-            times[name].append(time.perf_counter() - started)
-    return times
 
 
 def bench_ticket(
@@ -85,6 +69,8 @@ def bench_ticket(
     macs = {name: model_cost(net, size).macs for name, net in nets.items()}
     runs: dict[str, Callable[[], object]] = {name: _run(net, images) for name, net in nets.items()}
     with _threads(threads or torch.get_num_threads()) as count:
+        runs['torch, baked, sparse'] = _run(sparse_inference(baked, images), images)
+        macs['torch, baked, sparse'] = macs['torch, baked']
         if compiled:
             runs['torch, baked, compiled'] = _compile(baked, images)
             macs['torch, baked, compiled'] = macs['torch, baked']
