@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import timm
 import torch
+from parts.program import keep_freed_memory
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
@@ -239,6 +240,7 @@ def main() -> None:
     parser.add_argument('--repeats', type=int, default=15, help='turns that each pair takes')
     parser.add_argument('--threads', type=int, default=torch.get_num_threads(), help='threads of torch')
     args = parser.parse_args()
+    keep_freed_memory()  # as in training
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     rows = bench_blocks(args.repeats)

@@ -21,6 +21,7 @@ from typing import Any
 import timm
 import torch
 from parts.config import Setup
+from parts.program import keep_freed_memory
 from parts.report import TRUNK, read_summary
 
 import timm_supertickets
@@ -147,6 +148,7 @@ def run_cells(cells: list[Cell], jobs: int) -> None:
 
 def run_cell(recipe: str, args: list[str], folder: Path) -> None:
     """Run one cell, in a process of its own."""
+    keep_freed_memory()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(log_of(folder), 'w', encoding='utf-8') as log, redirect_stdout(log), redirect_stderr(log):
         try:
