@@ -28,6 +28,7 @@ LEVELS = {
     'pictures': 2,
     'bake': 3,
     'cost': 3,
+    'inference': 4,
     'search': 4,
     'search.*': 4,
     'ticket': 5,

@@ -45,8 +45,9 @@ class Shift(DroppedBlock):
 class BakedBlock(nn.Module):
     """A `MixedBlock` with a branch of expansion and depthwise convolution for every kernel size.
 
-    In training one expansion for all keeps the channels of a block in one place. Here a split would make onnxruntime unpack the channels that it keeps
-    in blocks, and torch copy them: at 224x224 onnxruntime takes half the time without it.
+    In training one expansion for all keeps the channels of a block in one place. Here a split would make onnxruntime
+    unpack the channels that it keeps in blocks, and torch copy them: at 224x224 onnxruntime takes half the time without
+    it.
 
     Args:
         branches: By kernel size, as `k3`.
