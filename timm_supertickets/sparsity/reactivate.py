@@ -19,7 +19,6 @@ def reset(mask: Mask) -> Mask:
     return Mask({name: torch.ones_like(alive) for name, alive in mask.items()})
 
 
-@torch.no_grad()
 def regrow(
     mask: Mask,
     scores: Mapping[str, Tensor],
@@ -48,6 +47,7 @@ def regrow(
     if traded == 0:
         return mask
     kept = prune(scores, (total - alive + traded) / total, within=mask, groups=groups)
-    candidates = {name: gradients[name].abs().masked_fill(mask[name], -1.0) for name in mask}
+    del scores  # candidates take as much memory; a decorator would hold on to what it was called with
+    candidates = {name: gradients[name].detach().abs().masked_fill_(mask[name], -1.0) for name in mask}
     grown = prune(candidates, (total - traded) / total, floor=0)
     return Mask({name: kept[name] | grown[name] for name in mask})
