@@ -122,6 +122,8 @@ def test_a_ticket_scores_the_same(monkeypatch, best, baked):
         expected = model(images)
         torch.testing.assert_close(fast(images), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
         assert fast(images[:1, :, :32]).shape == (1, 5)  # other shapes run as well
+    assert not fast(images).requires_grad  # in any mode: its tensors are plain ones
+    assert not any(tensor.is_inference() for tensor in fast.state_dict().values())
     assert not any(isinstance(module, OURS) for module in model.modules())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 

@@ -45,7 +45,7 @@ def take_turns(functions: Mapping[str, Callable[[], object]], repeats: int) -> d
     return times
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def sparse_inference(model: nn.Module, images: Tensor, *, repeats: int = 15) -> nn.Module:
     """A new model for inference on this machine's CPU, each convolution run in the way that was fastest here.
 
@@ -213,9 +213,10 @@ def _has_kernels() -> bool:
     root = os.environ.get('TORCH_EXTENSIONS_DIR') or cpp_extension.get_default_build_root()
     library = Path(root) / f'timm_supertickets_{version}.so'
     try:
-        if not library.exists():
-            _compile(library, flags)
-        torch.ops.load_library(str(library))
+        if library.exists():
+            torch.ops.load_library(str(library))
+        else:
+            _compile_and_load(library, flags)
     except (OSError, RuntimeError, ImportError) as error:
         reason = str(error).strip().partition('\n')[0]
         _logger.warning('kernels that skip zeros cannot be compiled here and are left out: %s', reason)
@@ -223,7 +224,7 @@ def _has_kernels() -> bool:
     return True
 
 
-def _compile(library: Path, flags: list[str]) -> None:
+def _compile_and_load(library: Path, flags: list[str]) -> None:
     from torch.utils import cpp_extension
 
     library.parent.mkdir(parents=True, exist_ok=True)
