@@ -46,6 +46,7 @@ Stages = tuple[tuple[int, int, int], ...]
 
 # (channels, blocks, stride of the first block) per stage
 FULL: Stages = ((16, 1, 1), (24, 2, 2), (32, 3, 2), (64, 4, 2), (96, 3, 1), (160, 3, 2), (320, 1, 1))
+SMALL: Stages = ((16, 2, 2), (32, 3, 2), (64, 3, 2), (96, 1, 2))
 TINY: Stages = ((8, 1, 1), (16, 2, 2), (16, 2, 2), (24, 2, 2), (32, 2, 2))
 
 # What a search on Fashion-MNIST left of supernet_mbv2_tiny(width=2.0): hidden channels by kernel size, block by block.
@@ -273,6 +274,9 @@ def largest(arch: Arch) -> Arch:
 default_cfgs = generate_default_cfgs(
     {
         'supernet_mbv2.untrained': describe(),
+        'supernet_mbv2_small.untrained': describe(
+            input_size=(3, 64, 64), pool_size=(2, 2), crop_pct=1.0, num_classes=10
+        ),
         'supernet_mbv2_tiny.untrained': describe(
             input_size=(3, 32, 32), pool_size=(1, 1), crop_pct=1.0, num_classes=10
         ),
@@ -293,6 +297,12 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> MixedMobileNetV2:
 def supernet_mbv2(pretrained: bool = False, width: float = 1.0, **kwargs: Any) -> MixedMobileNetV2:
     """Supernet of the mbv2 space; `width` multiplies all widths but the head's."""
     return _create('supernet_mbv2', pretrained, arch=full_arch(FULL, 32, 1280, width), **kwargs)
+
+
+@register_model
+def supernet_mbv2_small(pretrained: bool = False, width: float = 1.0, **kwargs: Any) -> MixedMobileNetV2:
+    """A supernet of the mbv2 space for 64x64 images; `width` multiplies all widths but the head's."""
+    return _create('supernet_mbv2_small', pretrained, arch=full_arch(SMALL, 8, 320, width), **kwargs)
 
 
 @register_model
