@@ -37,6 +37,7 @@ from torch.optim.swa_utils import update_bn
 import timm_supertickets
 from timm_supertickets import Mask, Ticket, prunable
 from timm_supertickets.channels import ChannelGroup, Keep
+from timm_supertickets.compiled import load_kernels
 from timm_supertickets.cost import channel_macs, model_cost
 from timm_supertickets.models.stock import inverted_residual_groups
 from timm_supertickets.search.importance import GatePenalty, gate_importance, penalty_weights
@@ -128,7 +129,7 @@ def create_accelerator(config: Setup) -> Accelerator:
     """Processes and precision as `accelerate launch` has them; on a CPU, all cores are used.
 
     Raises:
-        ValueError: The tracker is unknown or not installed.
+        ValueError: The tracker is unknown or not installed, or kernels cannot be compiled.
     """
     there = [str(tracker) for tracker in get_available_trackers()]
     default = 'tensorboard' if 'tensorboard' in there else 'none'
@@ -142,6 +143,11 @@ def create_accelerator(config: Setup) -> Accelerator:
     )
     if accelerator.device.type == 'cpu':
         torch.set_num_threads(config.threads or max(1, (os.cpu_count() or 1) // accelerator.num_processes))
+    if config.kernels and accelerator.device.type == 'cpu':
+        with accelerator.local_main_process_first():  # the others find what it compiled
+            compiled = load_kernels('gradients.cpp')
+        if not compiled:
+            raise ValueError('kernels=true needs a C++ compiler and ninja (`pip install ninja`); or give kernels=false')
     return accelerator
 
 

@@ -8,11 +8,12 @@ import torch
 from torch import nn
 
 from timm_supertickets import bake, inference, sparse_inference
+from timm_supertickets.compiled import load_kernels
 from timm_supertickets.inference import (
+    KERNELS,
     CsrPointwise,
     SparseDepthwise,
     SparsePointwise,
-    _has_kernels,
     take_turns,
 )  # fmt: skip
 from timm_supertickets.sparsity.mask import Mask, prunable
@@ -67,7 +68,7 @@ def test_functions_take_turns_after_a_warm_up(monkeypatch):
 @pytest.mark.parametrize('bias', [True, False])
 @pytest.mark.parametrize('side', [1, 4, 7, 13])
 def test_the_pointwise_kernel_is_a_convolution(side, bias):
-    assert _has_kernels()
+    assert load_kernels(KERNELS)
     layer = conv(12, 9, 1, bias=bias, dead=0.8)
     layer.weight.data[3] = 0  # an output that nothing reaches
     for images in (torch.randn(1, 12, side, side), torch.randn(3, 12, side, side + 2)):
@@ -79,7 +80,7 @@ def test_the_pointwise_kernel_is_a_convolution(side, bias):
 @compiled
 @pytest.mark.parametrize(('kernel', 'stride', 'dilation'), [*product((3, 5, 7), (1, 2), (1, 2)), (3, 3, 1), (1, 2, 1)])
 def test_the_depthwise_kernel_is_a_convolution(kernel, stride, dilation):
-    assert _has_kernels()
+    assert load_kernels(KERNELS)
     for padding, (height, width) in product((0, dilation * (kernel // 2)), ((13, 16), (20, 17), (33, 40))):
         layer = conv(6, 6, kernel, stride, padding, dilation, groups=6, dead=0.5)
         layer.weight.data[2] = 0
@@ -88,7 +89,7 @@ def test_the_depthwise_kernel_is_a_convolution(kernel, stride, dilation):
 
 @compiled
 def test_kernels_bound_what_they_write():
-    assert _has_kernels()
+    assert load_kernels(KERNELS)
     images = 20 * torch.randn(1, 8, 9, 9)
     for layer, ours in ((conv(8, 8, 1), SparsePointwise), (conv(8, 8, 3, 1, 1, groups=8), SparseDepthwise)):
         bounded = ours(layer)
@@ -98,7 +99,7 @@ def test_kernels_bound_what_they_write():
 
 @compiled
 def test_kernels_refuse_images_that_do_not_fit():
-    assert _has_kernels()
+    assert load_kernels(KERNELS)
     with pytest.raises(RuntimeError, match=r'expected images of 8 channels, got .1, 9, 5, 5'):
         SparsePointwise(conv(8, 4, 1))(torch.zeros(1, 9, 5, 5))
     depthwise = SparseDepthwise(conv(8, 8, 7, groups=8))
@@ -168,15 +169,13 @@ def test_without_a_compiler_it_says_so_and_goes_on(monkeypatch, caplog, tmp_path
 
     monkeypatch.setenv('TORCH_EXTENSIONS_DIR', str(tmp_path))
     monkeypatch.setattr('torch.utils.cpp_extension.load', fail)
-    _has_kernels.cache_clear()
+    load_kernels.cache_clear()
     prefer(monkeypatch, 'sparse', 'compiled', 'csr')
     with caplog.at_level(logging.WARNING):
         fast = sparse_inference(pruned(), torch.randn(1, 3, 32, 32))
-    _has_kernels.cache_clear()
+    load_kernels.cache_clear()
     said = [record.message for record in caplog.records if 'kernels' in record.message]
-    assert said == [
-        'kernels that skip zeros cannot be compiled here and are left out: Ninja is required to load C++ extensions'
-    ]
+    assert said == ['kernels.cpp cannot be compiled here and is left out: Ninja is required to load C++ extensions']
     assert {type(module) for module in fast.modules()} & set(OURS) == {CsrPointwise}
     assert list(tmp_path.iterdir()) == []
 

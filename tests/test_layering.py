@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 LEVELS = {
     'arch': 0,
     'channels': 0,
+    'compiled': 0,
     'files': 0,
     'sparsity': 0,
     'sparsity.schedule': 0,

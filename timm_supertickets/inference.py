@@ -1,34 +1,23 @@
 """Sparse inference: per layer the way to run it that is fastest on this machine, where zeros may be skipped or not."""
 
 import copy
-import hashlib
-import logging
-import os
 import statistics
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from functools import cache
 from itertools import pairwise
 from math import inf
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .bake import RANGES
-
-_logger = logging.getLogger(__name__)
+from .compiled import load_kernels
 
 WARMUP = 3
 GAIN = 0.95  # a way other than torch's must take at most this share of its time: less could be noise
-SOURCE = Path(__file__).with_name('kernels.cpp')
-FLAGS = {
-    'AVX512': ('-mavx512f', '-mavx512dq', '-mavx512vl', '-mavx512bw', '-mfma', '-DCPU_CAPABILITY_AVX512'),
-    'AVX2': ('-mavx2', '-mfma', '-DCPU_CAPABILITY_AVX2'),
-}
+KERNELS = 'kernels.cpp'
 
 
 def take_turns(functions: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
@@ -122,9 +111,9 @@ def _other_ways(conv: nn.Conv2d) -> dict[str, nn.Module]:
         return ways
     if conv.kernel_size == (1, 1) and conv.stride == (1, 1) and padding == (0, 0) and conv.groups == 1:
         ways['csr'] = CsrPointwise(conv)
-        if _has_kernels():
+        if load_kernels(KERNELS):
             ways['compiled'] = SparsePointwise(conv)
-    elif conv.groups == conv.in_channels == conv.out_channels and _has_kernels():
+    elif conv.groups == conv.in_channels == conv.out_channels and load_kernels(KERNELS):
         ways['compiled'] = SparseDepthwise(conv)
     return ways
 
@@ -199,36 +188,3 @@ def _csr(conv: nn.Conv2d) -> Tensor:
 
 def _bias(conv: nn.Conv2d) -> Tensor:
     return torch.zeros(conv.out_channels) if conv.bias is None else conv.bias.detach().clone()
-
-
-@cache
-def _has_kernels() -> bool:
-    """Whether our kernels could be loaded; they are compiled where this machine has none of this version yet."""
-    from torch.utils import cpp_extension
-
-    known = torch.backends.cpu.get_cpu_capability()
-    capability = known if known in FLAGS else 'DEFAULT'
-    flags = ['-O3', f'-DCPU_CAPABILITY={capability}', *FLAGS.get(capability, ())]
-    version = hashlib.sha256(f'{torch.__version__} {flags} {SOURCE.read_text()}'.encode()).hexdigest()[:16]
-    root = os.environ.get('TORCH_EXTENSIONS_DIR') or cpp_extension.get_default_build_root()
-    library = Path(root) / f'timm_supertickets_{version}.so'
-    try:
-        if library.exists():
-            torch.ops.load_library(str(library))
-        else:
-            _compile_and_load(library, flags)
-    except (OSError, RuntimeError, ImportError) as error:
-        reason = str(error).strip().partition('\n')[0]
-        _logger.warning('kernels that skip zeros cannot be compiled here and are left out: %s', reason)
-        return False
-    return True
-
-
-def _compile_and_load(library: Path, flags: list[str]) -> None:
-    from torch.utils import cpp_extension
-
-    library.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:  # nobody sees half a library, nor waits for a lock
-        name = library.stem
-        cpp_extension.load(name, [str(SOURCE)], flags, build_directory=folder, is_python_module=False)
-        os.replace(Path(folder) / f'{name}.so', library)
