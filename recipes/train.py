@@ -18,7 +18,7 @@ import timm
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import ProjectConfiguration, set_seed
 from parts import plan
 from parts.backbone import searched_macs, ticket_part
 from parts.config import Config, Setup, parse
@@ -143,6 +143,9 @@ def create_accelerator(config: Setup) -> Accelerator:
     )
     if accelerator.device.type == 'cpu':
         torch.set_num_threads(config.threads or max(1, (os.cpu_count() or 1) // accelerator.num_processes))
+    if config.deterministic:
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # read when CUDA is first used
+        set_seed(config.seed, deterministic=True)
     if config.kernels and accelerator.device.type == 'cpu':
         with accelerator.local_main_process_first():  # the others find what it compiled
             compiled = load_kernels('gradients.cpp')

@@ -58,6 +58,8 @@ class Setup:
         kernels: Compile gradients of 5x5 and 7x7 depthwise convolutions for this CPU, which saves a third of a step of
             the mbv2 space; needs a C++ compiler and ninja. They round otherwise than torch's own.
         seed: Seed of everything.
+        deterministic: Let torch use deterministic algorithms only, or say which operation has none; a CPU needs no such
+            thing, a GPU does for the same bytes twice.
         tracker: Where the rows of summary.csv go as well: `tensorboard`, `wandb`, `mlflow` or another that accelerate
             knows; `none`; `auto` is `tensorboard` where that is installed.
         output: Folder of the run.
@@ -101,6 +103,7 @@ class Setup:
     threads: int = 0
     kernels: bool = False
     seed: int = 0
+    deterministic: bool = False
     tracker: str = 'auto'
     output: str = 'output/run'
     resume: str = 'auto'

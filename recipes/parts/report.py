@@ -51,6 +51,7 @@ class Report:
         self.rows: list[dict[str, Any]] = []
         self.started = time.monotonic()
         self._steps = 0
+        self._tracking = False
         if accelerator.is_main_process:
             self._claim_folder()
         accelerator.wait_for_everyone()
@@ -88,9 +89,10 @@ class Report:
             loss: Anything that is no number once the loss is none, on the device; looked at every few steps.
 
         Raises:
-            ValueError: The loss is no number.
+            ValueError: The loss is no number, or the tracker cannot start.
             Stopped: A signal came, to whichever process.
         """
+        self._start_tracker()
         if not self._bar.disable:
             if self._bar.desc != text:
                 self._bar.set_description_str(text, refresh=False)
@@ -132,10 +134,27 @@ class Report:
             write_atomic(self.output / SUMMARY, text.getvalue().encode())
         self._track(self.rows[-1])
 
+    def _start_tracker(self) -> None:
+        """Open the tracker's run before there is anything to lose, past what it was told of steps not made yet.
+
+        Raises:
+            ValueError: It cannot start.
+        """
+        if self._tracking or self.accelerator.log_with == []:
+            return
+        self._tracking = True
+        last = self.rows[-1]['step'] + 1 if self.rows else 0
+        own = {'tensorboard': {'purge_step': last}, 'wandb': {'dir': str(self.output)}}
+        try:
+            self.accelerator.init_trackers('timm_supertickets', init_kwargs=own)
+        except Exception as error:  # what trackers make of their settings is up to them
+            what = ' '.join(str(error).split())
+            raise ValueError(
+                f'tracker {self.config.tracker!r} cannot start: {what}; tracker=none goes without'
+            ) from error
+
     def _track(self, row: dict[str, Any]) -> None:
-        if not self.accelerator.trackers:  # what TensorBoard was told of later steps, before a run was killed, goes
-            purge = {'tensorboard': {'purge_step': row['step']}}
-            self.accelerator.init_trackers('timm_supertickets', init_kwargs=purge)
+        self._start_tracker()
         scalars = {f'{row["name"]}/{key}': value for key, value in row.items() if key not in ('name', 'step')}
         self.accelerator.log(scalars, step=row['step'])
 

@@ -469,6 +469,73 @@ def test_tensorboard_shows_a_resumed_run_once(tmp_path, monkeypatch):
         assert [event.value for event in scalars] == pytest.approx([float(row['top1']) for row in mine])
 
 
+def test_deterministic_algorithms_are_asked_for_and_draw_the_same_tickets(whole, tmp_path, monkeypatch):
+    asked = []
+    loss = Classification.loss
+
+    def watched(*args):
+        asked.append(torch.are_deterministic_algorithms_enabled())
+        return loss(*args)
+
+    monkeypatch.setattr(Classification, 'loss', watched)
+    try:
+        train.main([*FOUR_ROUNDS, 'deterministic=true', f'output={tmp_path / "run"}'])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert set(asked) == {True}
+    for folder in whole.glob('superticket*'):
+        ours, theirs = load_ticket(tmp_path / 'run' / folder.name), load_ticket(folder)
+        assert all(torch.equal(alive, theirs.mask[name]) for name, alive in ours.mask.items())
+        assert all(torch.equal(tensor, theirs.weights[name]) for name, tensor in ours.weights.items())
+
+
+def test_wandb_keeps_its_files_in_the_run(tmp_path, monkeypatch):
+    pytest.importorskip('wandb')
+    monkeypatch.setenv('WANDB_MODE', 'offline')
+    monkeypatch.setenv('WANDB_SILENT', 'true')
+    monkeypatch.chdir(tmp_path)
+    train.main([*QUICK, 'tracker=wandb', 'output=run'])
+    (found,) = (tmp_path / 'run/wandb').glob('offline-run-*/run-*.wandb')
+    content = found.read_bytes()
+    for row in csv.DictReader((tmp_path / 'run/summary.csv').read_text().splitlines()):
+        assert f'{row["name"]}/top1'.encode() in content
+        assert row['top1'].encode() in content
+    assert not (tmp_path / 'wandb').exists()
+
+
+def test_mlflow_gets_the_rows_of_the_summary(tmp_path, monkeypatch):
+    mlflow = pytest.importorskip('mlflow')
+    monkeypatch.setenv('MLFLOW_ALLOW_FILE_STORE', 'true')  # its databases need the whole of mlflow
+    monkeypatch.setenv('MLFLOW_TRACKING_URI', (tmp_path / 'mlflow').as_uri())
+    train.main([*QUICK, 'tracker=mlflow', f'output={tmp_path / "run"}'])
+    client = mlflow.MlflowClient()
+    (experiment,) = client.search_experiments(filter_string="name = 'timm_supertickets'")
+    (found,) = client.search_runs([experiment.experiment_id])
+    assert found.info.status == 'FINISHED'
+    rows = list(csv.DictReader((tmp_path / 'run/summary.csv').read_text().splitlines()))
+    for name in {row['name'] for row in rows}:
+        told = client.get_metric_history(found.info.run_id, f'{name}/top1')
+        mine = [(int(row['step']), float(row['top1'])) for row in rows if row['name'] == name]
+        assert [(one.step, one.value) for one in told] == mine
+
+
+def test_a_tracker_that_cannot_start_says_so_before_anything_is_trained(tmp_path, monkeypatch):
+    pytest.importorskip('mlflow')
+    monkeypatch.setenv('MLFLOW_TRACKING_URI', 'carrier-pigeon://loft')
+    with pytest.raises(
+        ValueError, match=r"tracker 'mlflow' cannot start: .*carrier-pigeon.*; tracker=none goes without"
+    ):
+        train.main([*QUICK, 'tracker=mlflow', f'output={tmp_path / "run"}'])
+    assert not (tmp_path / 'run/summary.csv').exists()
+
+
+def test_kernels_that_cannot_be_compiled_are_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, 'load_kernels', lambda source: False)
+    with pytest.raises(ValueError, match=r'kernels=true needs a C\+\+ compiler and ninja .*; or give kernels=false'):
+        train.main([*QUICK, 'kernels=true', f'output={tmp_path / "run"}'])
+    assert not (tmp_path / 'run').exists()
+
+
 def test_a_tracker_that_is_not_there_is_one_line(tmp_path):
     with pytest.raises(ValueError, match=r"tracker 'paper' is unknown or not installed; there is: none"):
         train.main([*QUICK, 'tracker=paper', f'output={tmp_path / "run"}'])
