@@ -329,7 +329,7 @@ def train(
     images_seen = steps * config.accumulate * config.batch_size * accelerator.num_processes
     state.spent += BACKWARD_TOO * images_seen * model_cost(net, run.data.input_size).macs
     mean = accelerator.reduce(state.total, reduction='mean').item() / max(1, steps * config.accumulate)
-    return run.report.finite(mean, text)
+    return run.report.sound(mean, text)
 
 
 def gate_penalty(run: Run, state: State) -> GatePenalty:

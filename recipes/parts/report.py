@@ -29,6 +29,7 @@ COLUMNS = (
 )  # fmt: skip
 TRUNK = 'trunk'
 SUMMARY = 'summary.csv'
+DIVERGED = 10  # a round's loss, in those of the first, that no later round comes back from
 LOOK_EVERY = 10  # steps; a look waits for the device and for all processes
 FREE = ('resume', 'output', 'tracker')  # what may change when a run goes on
 
@@ -117,9 +118,25 @@ class Report:
         """
         if math.isfinite(loss):
             return loss
+        raise ValueError(f'the loss became {loss} in {text} ({self._where_to_go_on()}')
+
+    def sound(self, loss: float, text: str) -> float:
+        """The mean loss of a whole stretch of training, if that has not run away.
+
+        Raises:
+            ValueError: It is no number, or many times that of the first round; the last good checkpoint is named.
+        """
+        first = self.rows[0]['loss'] if self.rows else math.inf
+        if self.finite(loss, text) > DIVERGED * first:
+            raise ValueError(
+                f'the loss diverged in {text}: {loss:.4g}, and {first:.4g} in the first round ({self._where_to_go_on()}'
+            )
+        return loss
+
+    def _where_to_go_on(self) -> str:
         kept = newest_checkpoint(self.output)
         good = f'the last good checkpoint is {kept}' if kept else 'there is no checkpoint yet'
-        raise ValueError(f'the loss became {loss} in {text} (lr={self.config.lr}); {good}')
+        return f'lr={self.config.lr}); {good}'
 
     def add(self, **row: Any) -> None:
         """Add a row to summary.csv, which is written anew, and to the tracker."""

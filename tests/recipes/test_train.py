@@ -235,6 +235,26 @@ def test_a_loss_that_is_not_a_number_stops_and_keeps_the_last_checkpoint(tmp_pat
     assert load_ticket(tmp_path / 'run/superticket_mbv2_s80')
 
 
+def test_a_loss_that_runs_away_stops_and_names_the_last_checkpoint(tmp_path, monkeypatch):
+    loss, rounds = Classification.loss, []
+    main_round = train.train_round
+
+    def counted(*args):
+        rounds.append(args)
+        return main_round(*args)
+
+    def scaled(*args):
+        return loss(*args) * (11 if len(rounds) == 2 else 1)  # chance is the loss of both rounds
+
+    monkeypatch.setattr(train, 'train_round', counted)
+    monkeypatch.setattr(Classification, 'loss', scaled)
+    says = r'the loss diverged in round 2 of 2: [23]\d\S*, and [23]\.\d+ in the first round .* is .*round_00001'
+    with pytest.raises(ValueError, match=says):
+        train.main([*QUICK, 'targets=[0.9]', 'lr=0', f'output={tmp_path / "run"}'])
+    monkeypatch.undo()
+    train.main([*QUICK, 'targets=[0.9]', 'lr=0', f'output={tmp_path / "run"}'])
+
+
 PLAIN = [
     *SMOKE, 'model=test_vit', 'model_args={img_size: 32}', 'search=none', 'scale=1', 'ratio=1', 'recalibrate=0',
     'rounds=2', 'round_steps=3', 'cooldown_steps=2', 'targets=[0.5]', 'reactivation=none',
