@@ -23,6 +23,7 @@ from torch.nn.utils import prune as masking
 
 import timm_supertickets
 from timm_supertickets import Mask, Ticket, prunable
+from timm_supertickets.compiled import load_kernels
 from timm_supertickets.cost import channel_macs, model_cost
 from timm_supertickets.layers import MixedBlock
 from timm_supertickets.search.importance import GatePenalty, gate_importance, penalty_weights
@@ -184,6 +185,21 @@ def bench_step(name: str, repeats: int) -> list[tuple[str, float, float, float]]
     rows.append((f'{name}, batch 64: step with penalty, mask and average / plain step', a, b, ratio))
     a, b, ratio = side_by_side(lambda: step(net, optimizer, True), step_in_pieces, repeats)
     rows.append((f'{name}, batch 64: the same / step of separate branches, layers, gates and averages', a, b, ratio))
+    if load_kernels('gradients.cpp'):
+        kernels = torch.ops.timm_supertickets_gradients.use
+        kernels(False)  # where nothing else is said
+
+        def with_kernels(model: nn.Module, opt: torch.optim.Optimizer, masked: bool) -> None:
+            kernels(True)
+            step(model, opt, masked)
+            kernels(False)
+
+        ours, theirs = (lambda how=how: how(plain, plain_optimizer, False) for how in (with_kernels, step))
+        a, b, ratio = side_by_side(ours, theirs, repeats)
+        rows.append((f'{name}, batch 64: plain step with compiled gradients / without', a, b, ratio))
+        a, b, ratio = side_by_side(lambda: with_kernels(net, optimizer, True), step_in_pieces, repeats)
+        what = 'step with penalty, mask, average and compiled gradients / that of separate branches'
+        rows.append((f'{name}, batch 64: {what}', a, b, ratio))
     weights = sum(p.numel() for p in prunable(net).values())
     for what, event in (
         (f'prune event by magnitude, {weights:,} weights', prune_event),
@@ -244,7 +260,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     rows = bench_blocks(args.repeats)
-    for name in ('supernet_mbv2', 'supernet_hr_tiny'):
+    for name in ('supernet_mbv2', 'supernet_mbv2_small', 'supernet_hr_tiny'):
         rows += bench_step(name, args.repeats)
     rows += bench_prune(args.repeats) + bench_load(args.repeats)
     table = Table(

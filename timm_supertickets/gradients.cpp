@@ -8,6 +8,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <atomic>
 #include <vector>
 
 namespace {
@@ -16,6 +17,7 @@ using Vec = at::vec::Vectorized<float>;
 constexpr int64_t STEP = Vec::size();
 constexpr int WIDE = 2;  // registers beside each other: so many channels are summed at a time
 constexpr int64_t BLOCK = WIDE * STEP;
+std::atomic<bool> used{true};
 
 struct Shape {
   int64_t images, channels, height, width, rows, cols, stride, top, left;
@@ -107,7 +109,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> convolution_backward(
     const at::Tensor& gradient, const at::Tensor& images, const at::Tensor& weight, at::OptionalIntArrayRef bias_sizes,
     at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, bool transposed,
     at::IntArrayRef output_padding, int64_t groups, std::array<bool, 3> wanted) {
-  const bool here = wanted[1] && ours(gradient, images, weight, dilation, transposed, groups) &&
+  const bool here = used && wanted[1] && ours(gradient, images, weight, dilation, transposed, groups) &&
                     (stride.size() == 1 || stride[0] == stride[1]);
   if (here) wanted[1] = false;
   std::tuple<at::Tensor, at::Tensor, at::Tensor> grads;
@@ -127,5 +129,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> convolution_backward(
 }
 
 }  // namespace
+
+TORCH_LIBRARY(timm_supertickets_gradients, m) {
+  m.def("use(bool on) -> ()", [](bool on) { used = on; });  // to measure what they give, in one process
+}
 
 TORCH_LIBRARY_IMPL(aten, CPU, m) { m.impl("convolution_backward", convolution_backward); }
