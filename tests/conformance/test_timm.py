@@ -15,7 +15,7 @@ import timm
 import timm_supertickets  # noqa: F401
 
 REFERENCE = 'mobilenetv2_100'
-SMALL = ('supernet_mbv2_tiny', 'supernet_hr_tiny', 'drawn_mbv2', 'drawn_hr')
+SMALL = ('supernet_mbv2_small', 'supernet_mbv2_tiny', 'supernet_hr_tiny', 'drawn_mbv2', 'drawn_hr')
 BIG = tuple(name for name in timm.list_models(['supernet_*', 'superticket_*']) if name not in SMALL)
 
 

@@ -13,7 +13,7 @@ from timm_supertickets.layers import DroppedBlock, MixedBlock
 from timm_supertickets.models.mbv2 import FULL, block_places, full_arch
 from timm_supertickets.search.shrink import shrink
 
-NAMES = ['supernet_mbv2', 'supernet_mbv2_tiny', 'superticket_mbv2']
+NAMES = ['supernet_mbv2', 'supernet_mbv2_small', 'supernet_mbv2_tiny', 'superticket_mbv2']
 
 # (channels of MobileNetV2's blocks, per stage), from table 2 of its paper
 STAGES = [[16], [24] * 2, [32] * 3, [64] * 4, [96] * 3, [160] * 3, [320]]
@@ -100,12 +100,20 @@ def test_all_but_the_blocks_is_timms_mobilenetv2():
     assert (ours.num_features, ours.head_hidden_size, ours.stage_ends) == (1280, 1280, theirs.stage_ends)
 
 
-@pytest.mark.parametrize('name', ['supernet_mbv2', 'supernet_mbv2_tiny', 'mobilenetv2_100'])
+CHANNELS = {
+    'supernet_mbv2': [16, 24, 32, 96, 320],
+    'supernet_mbv2_small': [8, 16, 32, 64, 96],  # its stem is the first
+    'supernet_mbv2_tiny': [8, 16, 16, 24, 32],
+    'mobilenetv2_100': [16, 24, 32, 96, 320],
+}
+
+
+@pytest.mark.parametrize('name', CHANNELS)
 @pytest.mark.parametrize('output_stride', [32, 16, 8])
 def test_feature_reductions(name, output_stride):
     """timm's own net is held to the same."""
     net = timm.create_model(name, features_only=True, output_stride=output_stride).eval()
-    channels = [8, 16, 16, 24, 32] if 'tiny' in name else [16, 24, 32, 96, 320]
+    channels = CHANNELS[name]
     reductions = [min(reduction, output_stride) for reduction in (2, 4, 8, 16, 32)]
     assert net.feature_info.channels() == channels
     assert net.feature_info.reduction() == reductions

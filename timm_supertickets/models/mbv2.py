@@ -123,6 +123,8 @@ class MixedMobileNetV2(EfficientNet):
         self.bn1 = norm_act_layer(stem, inplace=True, **dd)
 
         features: list[dict[str, Any]] = []
+        if arch['stages'][0][2] > 1:
+            features.append({'stage': 0, 'reduction': 2, 'module': 'bn1', 'num_chs': stem})
         stages = []
         places = block_places(arch)
         chs, reduction, dilation, index = stem, 2, 1, 0
