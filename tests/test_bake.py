@@ -268,7 +268,7 @@ def test_what_goes_takes_with_it_what_only_it_read():
 def test_channels_of_a_feature_map_stay():
     arch = {**ARCH, 'shape': {**ARCH['shape'], 'stages': [[6, 2, 2], [5, 1, 2]]}}
     model = net(arch)
-    assert [info['num_chs'] for info in model.feature_info] == [6, 5]
+    assert [info['num_chs'] for info in model.feature_info] == [4, 6, 5]
     for block in blocks(model)[1:]:
         block.conv_pw.weight[:, 4] = 0
     baked = same(model)

@@ -288,7 +288,8 @@ def test_list_names_our_models_and_their_weights(capsys, tmp_path, monkeypatch):
     rows = dict(line.split(maxsplit=1) for line in out.partition('\n\n')[0].splitlines())
     assert rows.pop('model') == 'pretrained weights'
     assert rows.pop('superticket_mbv2') == 'x, y'
-    spaces = ('supernet_hr', 'supernet_hr_tiny', 'superticket_hr', 'supernet_mbv2', 'supernet_mbv2_tiny')
+    supernets = ('supernet_mbv2', 'supernet_mbv2_small', 'supernet_mbv2_tiny')
+    spaces = ('supernet_hr', 'supernet_hr_tiny', 'superticket_hr', *supernets)
     found = [f'superticket_{space}_s{sparsity}' for space in ('hr', 'mbv2') for sparsity in (50, 80, 90)]
     assert rows == dict.fromkeys((*spaces, *found), '-')
 

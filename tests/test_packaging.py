@@ -41,9 +41,8 @@ def test_wheel_holds_the_package_its_types_and_its_licence_and_nothing_else(whee
     names = zipfile.ZipFile(wheel).namelist()
     modules = {str(p.relative_to(ROOT)) for p in (ROOT / 'timm_supertickets').rglob('*.py')}
     assert modules <= set(names)
-    data = {
-        f'timm_supertickets/{n}' for n in ('py.typed', 'kernels.cpp', 'hub_cards/TEMPLATE.md', 'hub_cards/DATA.yaml')
-    }
+    others = ('py.typed', 'gradients.cpp', 'kernels.cpp', 'hub_cards/TEMPLATE.md', 'hub_cards/DATA.yaml')
+    data = {f'timm_supertickets/{name}' for name in others}
     tickets = [f'timm_supertickets/tickets/{name}' for name in timm.list_models('superticket*', pretrained=True)]
     data |= {f'{ticket}/{name}' for ticket in tickets for name in ('config.json', 'ticket.safetensors')}
     assert data == {name for name in names if '.dist-info/' not in name} - modules

@@ -29,7 +29,7 @@ COLUMNS = (
 )  # fmt: skip
 TRUNK = 'trunk'
 SUMMARY = 'summary.csv'
-DIVERGED = 10  # a round's loss, in those of the first, that no later round comes back from
+DIVERGED = 1000  # a mean loss, in those of the first round, that no run was seen to come back from
 LOOK_EVERY = 10  # steps; a look waits for the device and for all processes
 FREE = ('resume', 'output', 'tracker')  # what may change when a run goes on
 
@@ -126,8 +126,8 @@ class Report:
         Raises:
             ValueError: It is no number, or many times that of the first round; the last good checkpoint is named.
         """
-        first = self.rows[0]['loss'] if self.rows else math.inf
-        if self.finite(loss, text) > DIVERGED * first:
+        first = next((row['loss'] for row in self.rows if row['name'] == TRUNK), math.inf)
+        if self.finite(loss, text) > DIVERGED * first > 0:
             raise ValueError(
                 f'the loss diverged in {text}: {loss:.4g}, and {first:.4g} in the first round ({self._where_to_go_on()}'
             )
