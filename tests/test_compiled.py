@@ -16,6 +16,10 @@ SERVED = [
     {'channels': 8},
     {'channels': 33, 'size': (4, 5)},
     {'size': (2, 2)},  # smaller than the kernel
+    {'size': (1, 1)},  # strides of sides of one say nothing
+    {'size': (2, 2), 'stride': 2},
+    {'size': (1, 6), 'sliced': True},
+    {'size': (6, 1), 'channels_last': False},
     {'padding': (1, 3), 'k': 7},
     {'sliced': True},
     {'channels_last': False},

@@ -51,12 +51,13 @@ struct Maps {
   int64_t pitch;
 };
 
-Maps maps(const at::Tensor& t) { return {t.const_data_ptr<float>(), t.stride(3)}; }
-
-at::Tensor channels_last(const at::Tensor& t) {
+// Those of a tensor, which is copied if its channels do not lie so. Strides of sides of one say nothing, hence the last.
+Maps maps(at::Tensor& t) {
   const int64_t pitch = t.stride(3);
   const bool fits = t.stride(1) == 1 && t.stride(2) == t.size(3) * pitch && t.stride(0) == t.size(2) * t.stride(2);
-  return fits && pitch >= t.size(1) ? t : t.contiguous(at::MemoryFormat::ChannelsLast);
+  if (fits && pitch >= t.size(1)) return {t.const_data_ptr<float>(), pitch};
+  t = t.contiguous(at::MemoryFormat::ChannelsLast);
+  return {t.const_data_ptr<float>(), t.size(1)};
 }
 
 // Channels [first, first + count) of a map, beside `left` columns of zeros on both sides.
@@ -117,12 +118,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> convolution_backward(
     grads = at::compositeexplicitautograd::convolution_backward(gradient, images, weight, bias_sizes, stride, padding,
                                                                 dilation, transposed, output_padding, groups, wanted);
   if (here) {
-    const auto x = channels_last(images), g = channels_last(gradient);
+    auto x = images, g = gradient;
+    const Maps from = maps(x), towards = maps(g);
     auto made = at::empty(weight.sizes(), weight.options());
     const Shape shape{x.size(0), x.size(1), x.size(2), x.size(3),      g.size(2),
                       g.size(3), stride[0], padding[0], padding.back()};
     const auto run = weight.size(2) == 5 ? weight_gradient<5> : weight_gradient<7>;
-    run(made.mutable_data_ptr<float>(), maps(x), maps(g), shape);
+    run(made.mutable_data_ptr<float>(), from, towards, shape);
     std::get<1>(grads) = made;
   }
   return grads;
