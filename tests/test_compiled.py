@@ -24,9 +24,11 @@ SERVED = [
     {'sliced': True},
     {'channels_last': False},
     {'batch': 0},
+    *({'k': 3, 'stride': s, 'padding': 1, 'size': size} for s, size in product((1, 2), ((1, 1), (2, 2), (4, 4), (2, 8)))),
+    {'k': 3, 'size': (1, 3), 'sliced': True},
 ]
 LEFT = [
-    {'k': 3}, {'k': 9}, {'dilation': 2}, {'dtype': torch.float64}, {'groups': 4}, {'stride': (1, 2)}, {'k': (5, 7)},
+    {'k': 3}, {'k': 3, 'size': (3, 6), 'padding': 1}, {'k': 9}, {'dilation': 2}, {'dtype': torch.float64}, {'groups': 4}, {'stride': (1, 2)}, {'k': (5, 7)},
 ]  # fmt: skip
 
 
@@ -86,7 +88,7 @@ def test_they_take_the_place_of_torch_s(seen):
 
 
 @pytest.mark.parametrize('number', range(len(SERVED)))
-def test_gradients_of_large_depthwise_kernels_are_those_of_the_definition(seen, number):
+def test_gradients_of_depthwise_kernels_are_those_of_the_definition(seen, number):
     (weight, bias, images), expected = seen[2][number]
     before = seen[1][number]
     if expected is None:

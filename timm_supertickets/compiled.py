@@ -23,8 +23,9 @@ def load_kernels(source: str) -> bool:
 
     Args:
         source: `kernels.cpp`: inference that skips zeros, as `torch.ops.timm_supertickets`. `gradients.cpp`: from then
-            on autograd takes the gradients of the weights of depthwise convolutions with kernels of 5x5 and 7x7 from
-            it, in any model, in float32 on the CPU; they are the same to rounding, at 0.1 to 0.3 of oneDNN's time.
+            on autograd takes the gradients of the weights of depthwise convolutions with kernels of 5x5 and 7x7, and of
+            3x3 on maps of 16 pixels and less, from it, in any model, in float32 on the CPU; they are the same to
+            rounding, at 0.1 to 0.3 of oneDNN's time.
 
     Returns:
         Whether they are there; if not, a warning says why. They need a C++ compiler and ninja, and are kept where torch

@@ -17,6 +17,7 @@ using Vec = at::vec::Vectorized<float>;
 constexpr int64_t STEP = Vec::size();
 constexpr int WIDE = 2;  // registers beside each other: so many channels are summed at a time
 constexpr int64_t BLOCK = WIDE * STEP;
+constexpr int64_t SMALL = 16;  // pixels up to which 3x3 kernels are served as well; on larger maps oneDNN is as fast
 std::atomic<bool> used{true};
 
 struct Shape {
@@ -102,7 +103,7 @@ bool ours(const at::Tensor& gradient, const at::Tensor& images, const at::Tensor
   if (transposed || !plain(gradient) || !plain(images) || !plain(weight)) return false;
   const int64_t side = weight.size(2);
   return groups == images.size(1) && groups == weight.size(0) && groups > 1 && side == weight.size(3) &&
-         (side == 5 || side == 7) && images.numel() > 0 &&
+         (side == 5 || side == 7 || (side == 3 && images.size(2) * images.size(3) <= SMALL)) && images.numel() > 0 &&
          std::all_of(dilation.begin(), dilation.end(), [](int64_t d) { return d == 1; });
 }
 
@@ -123,7 +124,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> convolution_backward(
     auto made = at::empty(weight.sizes(), weight.options());
     const Shape shape{x.size(0), x.size(1), x.size(2), x.size(3),      g.size(2),
                       g.size(3), stride[0], padding[0], padding.back()};
-    const auto run = weight.size(2) == 5 ? weight_gradient<5> : weight_gradient<7>;
+    const int64_t side = weight.size(2);
+    const auto run = side == 3 ? weight_gradient<3> : side == 5 ? weight_gradient<5> : weight_gradient<7>;
     run(made.mutable_data_ptr<float>(), from, towards, shape);
     std::get<1>(grads) = made;
   }
