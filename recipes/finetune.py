@@ -5,6 +5,7 @@ accelerate launch recipes/finetune.py ticket=FOLDER [--config recipes/configs/NA
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import timm
@@ -23,6 +24,10 @@ from train import Run, command, create_accelerator, measure, pruned, save_ticket
 
 from timm_supertickets import Mask, Ticket, prunable
 from timm_supertickets.hub import HUB, find_ticket
+from timm_supertickets.pictures import DPI, create_figure
+
+PICTURE = 'predictions.png'
+SHOWN = 12
 
 
 @dataclass
@@ -78,6 +83,8 @@ def main(argv: list[str]) -> None:
             state.save(run.accelerator, run.report.output, run.report.rows)
 
     finish(run, state)
+    if run.accelerator.is_main_process:
+        draw_predictions(run, state, run.report.output / PICTURE)
 
 
 def begin(config: Config, said: str) -> tuple[Run, State]:
@@ -123,6 +130,27 @@ def finish(run: Run, state: State) -> None:
     save_ticket(run, state, name, run.report.rows[-1]['loss'] if run.report.rows else float('nan'))
     assert isinstance(run.config, Config)
     run.report.finish(f'{run.config.ticket}, fine-tuned on {run.config.dataset}')
+
+
+@torch.inference_mode()
+def draw_predictions(run: Run, state: State, path: Path) -> None:
+    """The first test images with their labels, and in red where the net gives another one."""
+    images, labels = next(iter(run.data.val))
+    images, labels = images[:SHOWN].to(run.accelerator.device), labels[:SHOWN].tolist()
+    said = state.best.eval()(images).argmax(1).tolist()
+    mean, std = (images.new_tensor(run.data.config[key]).view(-1, 1, 1) for key in ('mean', 'std'))
+    seen = (images * std + mean).clamp(0, 1)[:, : 3 if images.shape[1] > 2 else 1].permute(0, 2, 3, 1).cpu()
+    names = run.data.labels or range(run.data.num_classes)
+    figure = create_figure(9, 3.6)
+    for axis, image, label, guess in zip(figure.subplots(2, SHOWN // 2).flat, seen, labels, said, strict=False):
+        axis.imshow(image, cmap='gray', vmin=0, vmax=1)
+        right = label == guess
+        axis.set_title(
+            f'{names[label]}' if right else f'{names[label]}:\n{names[guess]}', fontsize=8, color='k' if right else 'r'
+        )
+    for axis in figure.axes:
+        axis.set_axis_off()
+    figure.savefig(path, dpi=DPI)
 
 
 def create_net(config: Config, ticket: Ticket, task: Task, data: Data) -> nn.Module:

@@ -24,11 +24,15 @@ SERVED = [
     {'sliced': True},
     {'channels_last': False},
     {'batch': 0},
-    *({'k': 3, 'stride': s, 'padding': 1, 'size': size} for s, size in product((1, 2), ((1, 1), (2, 2), (4, 4), (2, 8)))),
+    *(
+        {'k': 3, 'stride': s, 'padding': 1, 'size': size}
+        for s, size in product((1, 2), ((1, 1), (2, 2), (4, 4), (2, 8)))
+    ),
     {'k': 3, 'size': (1, 3), 'sliced': True},
 ]
 LEFT = [
-    {'k': 3}, {'k': 3, 'size': (3, 6), 'padding': 1}, {'k': 9}, {'dilation': 2}, {'dtype': torch.float64}, {'groups': 4}, {'stride': (1, 2)}, {'k': (5, 7)},
+    {'k': 3}, {'k': 3, 'size': (3, 6), 'padding': 1},
+    {'k': 9}, {'dilation': 2}, {'dtype': torch.float64}, {'groups': 4}, {'stride': (1, 2)}, {'k': (5, 7)},
 ]  # fmt: skip
 
 

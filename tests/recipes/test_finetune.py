@@ -5,10 +5,14 @@ import sys
 from pathlib import Path
 
 import finetune
+import numpy as np
 import pytest
 import timm
 import torch
 import train
+from matplotlib.figure import Figure
+from parts.classification import digits
+from PIL import Image
 
 from timm_supertickets import load_ticket, prunable
 from timm_supertickets.cost import model_cost
@@ -120,9 +124,33 @@ def test_initial_weights_are_those_that_the_run_began_with(drawn):
 
 
 def test_other_input_channels(sparse, tmp_path):
-    after = tuned(tmp_path / 'run', sparse, 'in_chans=1')
+    after = tuned(tmp_path / 'run', sparse, 'in_chans=1', 'batch_size=16')
     assert after.weights['conv_stem.weight'].shape[1] == 1
     assert after.pretrained_cfg['input_size'] == [1, 32, 32]
+
+
+def test_a_picture_says_where_the_net_is_wrong(sparse, tmp_path, monkeypatch):
+    figures = []
+
+    def create_figure(*size):
+        figures.append(Figure(figsize=size))
+        return figures[-1]
+
+    monkeypatch.setattr(finetune, 'create_figure', create_figure)
+    ticket = tuned(tmp_path / 'run', sparse, 'in_chans=1', 'batch_size=16')
+    assert (tmp_path / 'run/predictions.png').read_bytes()[:4] == b'\x89PNG'
+    images, labels, names = digits('L')[1].images, digits('L')[1].labels, digits('L')[2]
+    axes = figures[0].axes
+    assert len(axes) == 12
+    net = ticket.build().eval()
+    for axis, image, label in zip(axes, images, labels, strict=False):
+        enlarged = Image.fromarray(image).resize((32, 32), Image.Resampling.BICUBIC)
+        pixels = torch.tensor(np.array(enlarged)).float() / 255
+        assert (torch.tensor(axis.images[0].get_array()) - pixels).abs().max() < 1e-6
+        with torch.inference_mode():
+            said = net(pixels.sub(0.5).div(0.5)[None, None]).argmax().item()
+        assert axis.get_title() == (names[label] if said == label else f'{names[label]}:\n{names[said]}')
+    assert {axis.title.get_color() for axis in axes if ':' in axis.get_title()} == {'r'}
 
 
 def test_interrupted_and_resumed_equals_uninterrupted(sparse, tmp_path, monkeypatch):
