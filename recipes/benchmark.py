@@ -10,9 +10,12 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 
 import timm
 import torch
+import train
 from parts.program import keep_freed_memory
 from rich.console import Console
 from rich.table import Table
@@ -211,6 +214,24 @@ def bench_step(name: str, repeats: int) -> list[tuple[str, float, float, float]]
     return rows
 
 
+def bench_run(name: str, repeats: int, threads: int) -> list[tuple[str, float, float, float]]:
+    """A whole run that draws a ticket, searched to half the MACs, against training the un-shrunk net for as long."""
+    long = ['rounds=8', 'round_steps=40', 'cooldown_steps=160', 'img_size=64', 'kernels=true', f'threads={threads}']
+
+    def run(*args: str) -> None:
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            open(f'{folder}/log', 'w') as log,
+            redirect_stdout(log),
+            redirect_stderr(log),
+        ):
+            train.main([*long, f'model={name}', *args, f'output={folder}/run'])
+
+    what = f'{name}, 480 steps on digits at 64x64: search, prune and draw s80 / train all of it'
+    ours, theirs = partial(run, 'targets=[0.8]', 'budget=0.5'), partial(run, 'targets=[0.0]', 'search=none')
+    return [(what, *side_by_side(ours, theirs, max(1, repeats // 5)))]
+
+
 def bench_prune(repeats: int) -> list[tuple[str, float, float, float]]:
     """A hundred million scores pruned by exact k, against sorting a hundredth of them."""
     scores = {f'layer{i}': torch.rand(1000, 1000, 2) for i in range(50)}
@@ -263,6 +284,7 @@ def main() -> None:
     for name in ('supernet_mbv2', 'supernet_mbv2_small', 'supernet_hr_tiny'):
         rows += bench_step(name, args.repeats)
     rows += bench_prune(args.repeats) + bench_load(args.repeats)
+    rows += bench_run('supernet_mbv2_small', args.repeats, args.threads)
     table = Table(
         title=f'timm_supertickets {timm_supertickets.__version__}, torch {torch.__version__}, '
         f'{platform.machine()}, {args.threads} threads, medians of {args.repeats} turns'
