@@ -40,7 +40,7 @@ from timm_supertickets.channels import ChannelGroup, Keep
 from timm_supertickets.compiled import load_kernels
 from timm_supertickets.cost import channel_macs, model_cost
 from timm_supertickets.models.stock import inverted_residual_groups
-from timm_supertickets.search.importance import GatePenalty, gate_importance, penalty_weights
+from timm_supertickets.search.importance import GatePenalty, gate_importance, penalty_weights, shares_by_cost
 from timm_supertickets.search.select import select_by_budget, select_by_threshold
 from timm_supertickets.search.shrink import searchable
 from timm_supertickets.sparsity.prune import prune
@@ -339,13 +339,14 @@ def gate_penalty(run: Run, state: State) -> GatePenalty:
 
 
 def living_channels(run: Run, config: Config, state: State, budget: float) -> Keep:
-    """Which channels live on: those with large gates, or the most important ones that fit the budget of MACs."""
+    """Which channels live on: those with large gates, or those that give the most for their MACs, within the budget."""
     groups = searchable(state.net).channel_groups()
-    importance = gate_importance(state.best, groups)
+    gates = gate_importance(state.best, groups)
     if config.search == 'threshold':
-        return select_by_threshold(groups, importance, config.threshold)
+        return select_by_threshold(groups, gates, config.threshold)
     cost = model_cost(state.net, run.data.input_size)
-    return select_by_budget(groups, importance, channel_macs(groups, cost), searched_macs(state.net, cost), budget)
+    macs = channel_macs(groups, cost)
+    return select_by_budget(groups, shares_by_cost(gates, macs), macs, searched_macs(state.net, cost), budget)
 
 
 def pruned(config: Setup, state: State, sparsity: float) -> Mask:

@@ -5,7 +5,7 @@ from torch import nn
 
 import timm_supertickets  # noqa: F401  registers the models
 from timm_supertickets.layers import block_group
-from timm_supertickets.search.importance import GatePenalty, gate_importance, penalty_weights
+from timm_supertickets.search.importance import GatePenalty, gate_importance, penalty_weights, shares_by_cost
 
 
 class Gates(nn.Module):
@@ -30,6 +30,40 @@ def test_importance_is_the_gates_magnitude():
     assert not any(score.requires_grad for score in found.values())
     found['a.bn2.weight'].zero_()
     assert model.a['bn2'].weight.tolist() == [0.5, -2.0, 0.0]
+
+
+def test_shares_by_cost_by_hand():
+    gates = {'a': torch.tensor([0.5, 2.0, 0.0]), 'b': torch.tensor([3.0, 3.0, 4.0], requires_grad=True)}
+    macs = {'a': torch.tensor([10.0, 10.0, 30.0]), 'b': torch.tensor([2.0, 1.0, 0.0])}
+    found = shares_by_cost(gates, macs)
+    assert found['a'].tolist() == pytest.approx([0.25 / 4.25 / 10, 0.1, 0.0])
+    # of equals the later one goes first; what costs nothing is not divided by it
+    assert found['b'].tolist() == pytest.approx([9 / 25 / 2, 9 / 34, 1.0])
+    assert not found['b'].requires_grad
+
+
+def test_shares_are_zero_where_all_gates_are():
+    assert shares_by_cost({'a': torch.zeros(3)}, {'a': torch.ones(3)})['a'].tolist() == [0.0] * 3
+
+
+def test_what_scales_all_gates_of_a_block_kills_none_of_its_channels():
+    from timm_supertickets.cost import channel_macs, model_cost
+    from timm_supertickets.search.select import select_by_budget
+
+    torch.manual_seed(0)
+    model = timm.create_model('supernet_mbv2_tiny')
+    groups, cost = model.channel_groups(), model_cost(model, (3, 32, 32))
+    macs = channel_macs(groups, cost)
+    gates = {group.gate: torch.rand(group.channels).add(0.1) for group in groups}
+    first, scaled = groups[0].gate, {**gates, groups[0].gate: gates[groups[0].gate] * 1e-3}
+    keep, same = (
+        select_by_budget(groups, shares_by_cost(g, macs), macs, cost.macs, 0.5 * cost.macs) for g in (gates, scaled)
+    )
+    assert all(torch.equal(alive, same[gate]) for gate, alive in keep.items())
+    bare = select_by_budget(groups, scaled, macs, cost.macs, 0.5 * cost.macs)
+    assert bare[first].sum() < 20 < keep[first].sum()
+    shares = [alive.double().mean().item() for alive in keep.values()]
+    assert shares[0] < 0.5 < 0.9 < shares[-1]  # the first block's channels cost 148 times as much as the last one's
 
 
 def test_penalty_weights_by_hand():

@@ -15,6 +15,34 @@ def gate_importance(model: nn.Module, groups: Iterable[ChannelGroup]) -> dict[st
     return {group.gate: params[group.gate].abs() for group in groups}
 
 
+def shares_by_cost(gates: Mapping[str, Tensor], channel_macs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a block would lose with a channel, by what the channel costs: its importance where MACs are to be saved.
+
+    The loss is the square of its gate by the sum of the squares of the block's gates that are not smaller. The batch
+    norm behind a block's sum undoes what scales all of its gates, so that only shares of a block can be compared with
+    those of another; and the last channel of a block is all of it.
+
+    Args:
+        gates: Gate name -> magnitude per channel.
+        channel_macs: Gate name -> MACs that each channel costs.
+
+    Returns:
+        Gate name -> float64 tensor over the channels. Among channels of one cost the order is that of the gates.
+
+    Source:
+        Lee et al., Layer-adaptive sparsity for the magnitude-based pruning, https://arxiv.org/abs/2010.07611, of which
+        this is the form for channels.
+    """
+    shares = {gate: _shares(values.detach().cpu().double()) for gate, values in gates.items()}
+    return {gate: share / channel_macs[gate].clamp_min(1.0) for gate, share in shares.items()}  # some cost nothing
+
+
+def _shares(values: Tensor) -> Tensor:
+    squares, order = values.square().sort(descending=True, stable=True)
+    left = squares.cumsum(0).clamp_min(torch.finfo(squares.dtype).tiny)
+    return torch.empty_like(squares).scatter_(0, order, squares / left)
+
+
 def penalty_weights(channel_macs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Per-channel MACs, normalised to a mean of one over all channels: a dear channel pays more.
 
