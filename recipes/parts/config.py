@@ -169,7 +169,8 @@ class Config(Setup):
         decay_steps: Steps after which the learning rate of the trunk falls, again and again; 0 leaves it constant.
         decay_rate: What it is multiplied by.
         cooldown_steps: Steps of the branch that finishes a ticket: mask fixed, learning rate falling to zero.
-        search: How channels are chosen: `budget`, `threshold` or `none`; `auto`: `budget` for a supernet, else `none`.
+        search: How channels are chosen: by what they are of their block for the MACs that they cost (`budget`), by
+            their gates (`threshold`), or not at all (`none`); `auto`: `budget` for a supernet, else `none`.
         search_every: Rounds from one event at which channels die to the next.
         search_until: Share of the trunk after which the architecture is fixed.
         budget: Share of the supernet's MACs that the architecture is left with, for `search: budget`; a head that is
