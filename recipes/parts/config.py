@@ -55,8 +55,9 @@ class Setup:
         scope: Which weights compete: `global` or `tensor`.
         score: By what they compete: `magnitude`, or `lamp`, magnitudes that tensors of any scale can compare.
         threads: Threads of torch on a CPU; 0 shares all cores among the processes (`accelerate launch` allows one).
-        kernels: Compile gradients of depthwise convolutions (5x5, 7x7, and 3x3 on the smallest maps) for this CPU, which
-            saves a third of a step of the mbv2 space; needs a C++ compiler and ninja. They round otherwise than torch's.
+        kernels: Compile gradients of depthwise convolutions (5x5, 7x7, and 3x3 on the smallest maps) for this CPU,
+            which saves a third of a step of the mbv2 space; needs a C++ compiler and ninja. They round otherwise than
+            torch's own.
         seed: Seed of everything.
         deterministic: Let torch use deterministic algorithms only, or say which operation has none; a CPU needs no such
             thing, a GPU does for the same bytes twice.
