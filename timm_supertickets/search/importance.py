@@ -1,4 +1,4 @@
-"""Importance: the magnitude of a channel's gate, and the penalty that makes costly channels earn theirs."""
+"""Importance: a channel's gate, its share of the block by its cost, and the penalty that makes it earn its keep."""
 
 from collections.abc import Iterable, Mapping
 
@@ -16,18 +16,18 @@ def gate_importance(model: nn.Module, groups: Iterable[ChannelGroup]) -> dict[st
 
 
 def shares_by_cost(gates: Mapping[str, Tensor], channel_macs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What a block would lose with a channel, by what the channel costs: its importance where MACs are to be saved.
+    """A channel's share of its block, by what the channel costs: its importance where MACs are to be saved.
 
-    The loss is the square of its gate by the sum of the squares of the block's gates that are not smaller. The batch
-    norm behind a block's sum undoes what scales all of its gates, so that only shares of a block can be compared with
-    those of another; and the last channel of a block is all of it.
+    The share is the square of its gate by the sum of the squares of the block's gates that are not smaller. The batch
+    norm behind a block's sum undoes what scales all of its gates, so gates of two blocks cannot be compared, and shares
+    can; the last channel of a block is all of it.
 
     Args:
         gates: Gate name -> magnitude per channel.
         channel_macs: Gate name -> MACs that each channel costs.
 
     Returns:
-        Gate name -> float64 tensor over the channels. Among channels of one cost the order is that of the gates.
+        Gate name -> float64 tensor over the channels, per MAC. Among channels of one cost the order is that of the gates.
 
     Source:
         Lee et al., Layer-adaptive sparsity for the magnitude-based pruning, https://arxiv.org/abs/2010.07611, of which
