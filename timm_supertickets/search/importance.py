@@ -27,7 +27,7 @@ def shares_by_cost(gates: Mapping[str, Tensor], channel_macs: Mapping[str, Tenso
         channel_macs: Gate name -> MACs that each channel costs.
 
     Returns:
-        Gate name -> float64 tensor over the channels, per MAC. Among channels of one cost the order is that of the gates.
+        Gate name -> float64 tensor over the channels, per MAC. Among channels of one cost it orders as the gates.
 
     Source:
         Lee et al., Layer-adaptive sparsity for the magnitude-based pruning, https://arxiv.org/abs/2010.07611, of which
