@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from parts.config import Setup
 from parts.program import Stopped, received
 from parts.state import newest_checkpoint
@@ -53,12 +54,21 @@ class Report:
         self.started = time.monotonic()
         self._steps = 0
         self._tracking = False
-        if accelerator.is_main_process:
-            self._claim_folder()
-        accelerator.wait_for_everyone()
+        self._claim_folder()
         self._bar = tqdm(total=config.all_steps, disable=not accelerator.is_main_process, unit='step')
 
     def _claim_folder(self) -> None:
+        refused: list[Exception | None] = [None]
+        if self.accelerator.is_main_process:
+            try:
+                self._take_folder()
+            except (ValueError, OSError) as error:
+                refused = [error]
+        broadcast_object_list(refused)  # or the others would wait, and fail for the missing one
+        if refused[0]:
+            raise refused[0]
+
+    def _take_folder(self) -> None:
         path = self.output / 'config.yaml'
         if self.output.exists() and not self.output.is_dir():
             raise ValueError(f'output {self.output} is not a folder')

@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from parts.classification import create_data, top1
 from parts.config import Config, parse
 from parts.data import batches
+from parts.report import Report
 from parts.state import DIGESTED, State
 from PIL import Image
 
@@ -106,6 +107,10 @@ def test_a_process_that_differs_stops_the_run_before_anything_is_saved(work):
     for one in work:
         assert 'rank 1 of 2 differs from the others in its weights after round 2' in one['stopped']
         assert one['checkpoints'] == ['round_00001']
+
+
+def test_a_folder_that_the_first_process_refuses_is_refused_by_all(work):
+    assert all('run already holds another run' in one['refused'] for one in work)
 
 
 def test_a_stream_is_shared_by_shards_and_no_image_comes_twice(work):
@@ -333,6 +338,10 @@ def work_here(output):
     except ValueError as error:
         found['stopped'] = str(error)
     found['checkpoints'] = sorted(path.name for path in (output / 'run/checkpoints').iterdir())
+    try:
+        Report(Config(output=str(output / 'run'), lr=1), 'top1', accelerator)
+    except ValueError as error:
+        found['refused'] = str(error)
     (output / f'rank_{accelerator.process_index}.json').write_text(json.dumps(found))
 
 
