@@ -5,6 +5,7 @@ python recipes/benchmark.py [--repeats 15] [--threads N]
 
 import argparse
 import copy
+import json
 import platform
 import statistics
 import tempfile
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
+from pathlib import Path
 
 import timm
 import torch
@@ -25,9 +27,11 @@ from torch import Tensor, nn
 from torch.nn.utils import prune as masking
 
 import timm_supertickets
-from timm_supertickets import Mask, Ticket, prunable
+from timm_supertickets import Mask, Ticket, bake, load_ticket, prunable
+from timm_supertickets.bench import bench_ticket
 from timm_supertickets.compiled import load_kernels
 from timm_supertickets.cost import channel_macs, model_cost
+from timm_supertickets.export import to_onnx
 from timm_supertickets.layers import MixedBlock
 from timm_supertickets.search.importance import GatePenalty, gate_importance, penalty_weights, shares_by_cost
 from timm_supertickets.search.select import select_by_budget
@@ -276,6 +280,63 @@ def bench_load(repeats: int) -> list[tuple[str, float, float, float]]:
     return rows
 
 
+def bench_inference(name: str, threads: int, repeats: int) -> list[tuple[str, float, float, float]]:
+    """A pretrained ticket at 224x224, one image at a time, against itself unbaked and a dense net."""
+    ticket, dense = load_ticket(name), 'mobilenetv2_100'
+    timings = bench_ticket(ticket, img_size=224, threads=threads, repeats=10 * repeats, against=dense)
+    taken = {timing.name: timing.times for timing in timings}
+    rows = []
+    for ours, theirs in (
+        ('torch, baked', 'torch'),
+        ('torch, baked, sparse', 'torch'),
+        ('torch, baked, sparse', 'onnxruntime'),
+        ('onnxruntime, baked', 'onnxruntime'),
+        ('onnxruntime, baked', f'onnxruntime, {dense}'),
+    ):
+        pairs = list(zip(taken[ours], taken[theirs], strict=True))
+        a, b = (statistics.median(times) for times in zip(*pairs, strict=True))
+        rows.append((f'{name} at 224: {ours} / {theirs}', a, b, statistics.median(a / b for a, b in pairs)))
+    return rows + where_time_goes(ticket, threads, repeats)
+
+
+def where_time_goes(ticket: Ticket, threads: int, repeats: int) -> list[tuple[str, float, float, float]]:
+    """What onnxruntime spends on kinds of layers of a baked ticket at 224x224, of all that it spends."""
+    import onnx
+    import onnxruntime
+
+    data = to_onnx(bake(ticket.build()), (3, 224, 224), batch=1)
+    image = torch.randn(1, 3, 224, 224).numpy()
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.enable_profiling = True
+    options.log_severity_level = 3  # it warns that an optimized graph is for one machine only
+    with tempfile.TemporaryDirectory() as folder:
+        options.profile_file_prefix = f'{folder}/profile'
+        options.optimized_model_filepath = f'{folder}/optimized.onnx'
+        session = onnxruntime.InferenceSession(data, options, providers=['CPUExecutionProvider'])
+        for _ in range(10 * repeats):
+            session.run(None, {'images': image})
+        events = json.loads(Path(session.end_profiling()).read_text())
+        graph = onnx.load(options.optimized_model_filepath).graph
+    shapes = {constant.name: constant.dims for constant in graph.initializer}
+    kinds = {}
+    for node in graph.node:
+        weight = next((shapes[name] for name in node.input[1:] if len(shapes.get(name, ())) == 4), None)
+        if node.op_type.endswith('Conv') and weight:
+            kinds[node.name] = '1x1 convolutions' if weight[2] == 1 else 'depthwise and other convolutions'
+    spent: dict[str, list[float]] = {}
+    for event in events:
+        name, _, what = event['name'].rpartition('_kernel_time')
+        if event.get('cat') == 'Node' and name and not what:
+            spent.setdefault(kinds.get(name, 'the rest'), []).append(1e-6 * event['dur'])
+    total = sum(map(sum, spent.values()))
+    runs = 10 * repeats
+    return [
+        (f'of that, in onnxruntime baked: {kind} / all', sum(times) / runs, total / runs, sum(times) / total)
+        for kind, times in sorted(spent.items())
+    ]
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or '').splitlines()[0])
@@ -289,6 +350,8 @@ def main() -> None:
     for name in ('supernet_mbv2', 'supernet_mbv2_small', 'supernet_hr_tiny'):
         rows += bench_step(name, args.repeats)
     rows += bench_prune(args.repeats) + bench_load(args.repeats)
+    for name in ('superticket_mbv2_s80', 'superticket_mbv2_s90'):
+        rows += bench_inference(name, args.threads, args.repeats)
     rows += bench_run('supernet_mbv2_small', args.threads)
     table = Table(
         title=f'timm_supertickets {timm_supertickets.__version__}, torch {torch.__version__}, '

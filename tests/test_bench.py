@@ -86,6 +86,21 @@ def test_compiling_is_measured_or_its_failure_said_in_a_line(ticket, monkeypatch
     assert torch.get_num_threads() == threads
 
 
+def test_a_model_of_timm_is_measured_beside_it(ticket):
+    for name in export.NEEDED:
+        pytest.importorskip(name)
+    rows = bench_ticket(ticket, img_size=48, repeats=2, against='test_efficientnet')
+    assert [row.name for row in rows] == [
+        'torch', 'torch, channels_last', 'torch, baked', 'torch, test_efficientnet', 'torch, baked, sparse',
+        'onnxruntime', 'onnxruntime, baked', 'onnxruntime, test_efficientnet',
+    ]  # fmt: skip
+    macs = {row.name: row.macs for row in rows}
+    other = model_cost(timm.create_model('test_efficientnet'), (3, 48, 48)).macs
+    assert macs['torch, test_efficientnet'] == macs['onnxruntime, test_efficientnet'] == other
+    with pytest.raises(ValueError, match="against: timm has no model 'mobilnet'"):
+        bench_ticket(ticket, against='mobilnet')
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which('g++'), reason='no compiler')
 def test_compiling_for_real(ticket, monkeypatch):

@@ -393,10 +393,10 @@ def test_bench_prints_a_table_and_what_is_missing(capsys, folder, monkeypatch):
     assert out.splitlines()[2] == (
         "onnxruntime is not measured without onnxruntime: pip install 'timm_supertickets[export]'"
     )
-    run(capsys, 'bench', folder)
+    run(capsys, 'bench', folder, '--against', 'mobilenetv2_100')
     assert calls == [
-        {'img_size': 64, 'threads': 2, 'repeats': 2, 'compiled': True},
-        {'img_size': None, 'threads': None, 'repeats': 50, 'compiled': False},
+        {'img_size': 64, 'threads': 2, 'repeats': 2, 'compiled': True, 'against': None},
+        {'img_size': None, 'threads': None, 'repeats': 50, 'compiled': False, 'against': 'mobilenetv2_100'},
     ]
 
 

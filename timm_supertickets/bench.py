@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import timm
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -43,6 +44,7 @@ def bench_ticket(
     threads: int | None = None,
     repeats: int = 50,
     compiled: bool = False,
+    against: str | None = None,
 ) -> list[Timing]:
     """Measure a ticket, one image at a time, on the CPU.
 
@@ -52,20 +54,25 @@ def bench_ticket(
         threads: Of torch and onnxruntime; by default as many as torch uses.
         repeats: Turns that each way to run it takes.
         compiled: Also the baked model through `torch.compile`, which takes a compiler and a while.
+        against: Also a model of timm, by its name, with random weights.
 
     Returns:
         The model as it is first. onnxruntime only where the `export` extra is installed.
 
     Raises:
-        ValueError: A number out of range, no member of a space, or `torch.compile` fails.
+        ValueError: A number out of range, no member of a space, no model of timm, or `torch.compile` fails.
     """
     for name, value, least in (('img_size', img_size, 1), ('threads', threads, 1), ('repeats', repeats, 2)):
         if value is not None and value < least:
             raise ValueError(f'{name} must be at least {least}, got {value}')
+    if against and not timm.is_model(against):
+        raise ValueError(f'against: timm has no model {against!r}; timm.list_models() has their names')
     model, size = ticket.build(), input_size(ticket, img_size)
     baked = bake(model)
     images = torch.randn(1, *size, generator=torch.Generator().manual_seed(0))
-    nets = {'torch': model, 'torch, channels_last': _channels_last(model), 'torch, baked': baked}
+    nets: dict[str, Any] = {'torch': model, 'torch, channels_last': _channels_last(model), 'torch, baked': baked}
+    if against:
+        nets[f'torch, {against}'] = timm.create_model(against, in_chans=size[0]).eval()
     macs = {name: model_cost(net, size).macs for name, net in nets.items()}
     runs: dict[str, Callable[[], object]] = {name: _run(net, images) for name, net in nets.items()}
     with _threads(threads or torch.get_num_threads()) as count:
@@ -75,10 +82,11 @@ def bench_ticket(
             runs['torch, baked, compiled'] = _compile(baked, images)
             macs['torch, baked, compiled'] = macs['torch, baked']
         if not missing_for_onnx():
-            for name, net in (('onnxruntime', model), ('onnxruntime, baked', baked)):
-                session = open_onnx(to_onnx(net, size, batch=1), threads=count)
+            for twin in ('torch', 'torch, baked', *([f'torch, {against}'] if against else [])):
+                name = twin.replace('torch', 'onnxruntime', 1)
+                session = open_onnx(to_onnx(nets[twin], size, batch=1), threads=count)
                 runs[name] = lambda session=session: session.run(None, {'images': images.numpy()})  # type: ignore[misc]
-                macs[name] = macs[name.replace('onnxruntime', 'torch')]
+                macs[name] = macs[twin]
         with torch.inference_mode():
             times = take_turns(runs, repeats)
     first = times['torch']

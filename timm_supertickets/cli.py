@@ -149,6 +149,7 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument('--threads', type=int, metavar='N', help="by default torch's choice")
     sub.add_argument('--repeats', type=int, metavar='N', default=50, help='turns of each (default: %(default)s)')
     sub.add_argument('--compile', action='store_true', help='torch.compile as well; needs a compiler, takes minutes')
+    sub.add_argument('--against', metavar='MODEL', help='a model of timm as well, such as mobilenetv2_100')
     return parser
 
 
@@ -258,6 +259,7 @@ def run_bench(args: argparse.Namespace) -> int:
         threads=args.threads,
         repeats=args.repeats,
         compiled=args.compile,
+        against=args.against,
     )
     console = show.make_console()
     bench.show_timings(console, timings)
