@@ -13,7 +13,7 @@ from parts.config import parse
 from parts.program import program
 from parts.report import TRUNK
 from parts.state import State
-from train import Run, command, measure, saved_if_stopped, train
+from train import Run, measure, saved_if_stopped, train
 
 from timm_supertickets.pictures import DPI, create_figure
 
@@ -33,7 +33,7 @@ class Config(finetune.Config):
 def main(argv: list[str]) -> None:
     """Train with the mask held while the learning rate falls to zero; save; show what is found."""
     config = parse(argv, Config, 'detect_ticket.yaml', 'detect.py')
-    run, state = begin(config, command('detect.py', argv))
+    run, state = begin(config, 'detect.py', argv)
     rate = falling(config, state)
     with saved_if_stopped(run, state):
         while state.round < config.rounds:

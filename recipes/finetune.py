@@ -67,7 +67,7 @@ class Config(Setup):
 def main(argv: list[str]) -> None:
     """Prune once if asked to; train with the mask held while the learning rate falls to zero; save."""
     config = parse(argv, Config, 'finetune_digits.yaml', 'finetune.py')
-    run, state = begin(config, command('finetune.py', argv))
+    run, state = begin(config, 'finetune.py', argv)
     if config.sparsity and not state.round and not state.step:
         state.mask = pruned(config, state, config.sparsity)
         state.zero_dead_weights_()
@@ -87,12 +87,13 @@ def main(argv: list[str]) -> None:
         draw_predictions(run, state, run.report.output / PICTURE)
 
 
-def begin(config: Config, said: str) -> tuple[Run, State]:
+def begin(config: Config, recipe: str, argv: list[str]) -> tuple[Run, State]:
     """A ticket, the images it goes to, and its net and optimizer, as they are at first or as a checkpoint has them.
 
     Args:
         config: What is to be done.
-        said: What to type to do it again.
+        recipe: The file that does it.
+        argv: Its arguments.
     """
     accelerator = create_accelerator(config)
     ticket = find_ticket(config.ticket)
@@ -103,7 +104,7 @@ def begin(config: Config, said: str) -> tuple[Run, State]:
         teacher = find_teacher(config.teacher, data).to(accelerator.device)
         task = Distilled(task, teacher, config.distill, config.temperature)
     report = Report(config, task.metric, accelerator)
-    run = Run(config, task, accelerator, data, report, said, origin(config, ticket))
+    run = Run(config, task, accelerator, data, report, command(recipe, argv, accelerator), origin(config, ticket))
     state = start(config, net, chosen_mask(config, ticket, net))
     state.zero_dead_weights_()
     if path := find_checkpoint(config.resume, report.output, accelerator):

@@ -15,7 +15,7 @@ from parts.program import program
 from parts.report import TRUNK
 from parts.segmentation import Segmentation
 from parts.state import State
-from train import Run, command, measure, saved_if_stopped, train
+from train import Run, measure, saved_if_stopped, train
 
 from timm_supertickets.pictures import DPI, create_figure
 
@@ -34,7 +34,7 @@ class Config(finetune.Config):
 def main(argv: list[str]) -> None:
     """Train with the mask held while the learning rate falls to zero; save; show what the net sees."""
     config = parse(argv, Config, 'segment_ticket.yaml', 'segment.py')
-    run, state = begin(config, command('segment.py', argv))
+    run, state = begin(config, 'segment.py', argv)
     rate = falling(config, state)
     with saved_if_stopped(run, state):
         while state.round < config.rounds:

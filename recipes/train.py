@@ -85,7 +85,7 @@ def main(argv: list[str]) -> None:
     net = create_net(config, task, data).to(accelerator.device)
     config = replace(config, search=chosen_search(config, net))
     report = Report(config, task.metric, accelerator)
-    run = Run(config, task, accelerator, data, report, command('train.py', argv), origin(config, net))
+    run = Run(config, task, accelerator, data, report, command('train.py', argv, accelerator), origin(config, net))
     state = start(config, net, Mask.dense(prunable(net)))
     if config.keep_initial:
         state.keep_initial()
@@ -164,10 +164,14 @@ def saved_if_stopped(run: Run, state: State) -> Iterator[None]:
         raise Stopped(stopped.number, f'{stopped.where}; the same command goes on from {path}') from None
 
 
-def command(recipe: str, argv: list[str]) -> str:
-    """What to type to do it again; where things lie is no part of what was done."""
+def command(recipe: str, argv: list[str], accelerator: Accelerator) -> str:
+    """What to type to do it again, on one machine; where things lie is no part of what was done."""
     said = [arg for arg in argv if arg.lstrip('-').partition('=')[0] not in HERE]
-    return ' '.join([f'accelerate launch recipes/{recipe}', *said])
+    launch = 'accelerate launch'
+    if accelerator.num_processes > 1:
+        here = 'ACCELERATE_USE_CPU=true ' if accelerator.device.type == 'cpu' else ''
+        launch = f'{here}torchrun --nproc_per_node {accelerator.num_processes}'
+    return ' '.join([f'{launch} recipes/{recipe}', *said])
 
 
 def pretrained_cfg(config: Config) -> dict[str, Any] | None:

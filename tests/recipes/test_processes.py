@@ -144,6 +144,8 @@ def test_two_processes_draw_tickets(two):
         verify_ticket(output / f'superticket_mbv2_{name}')
         ticket = load_ticket(output / f'superticket_mbv2_{name}')
         assert ticket.facts['processes'] == 2
+        launch = 'ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 recipes/train.py '
+        assert ticket.facts['command'].startswith(launch)
         assert ticket.mask.total - ticket.mask.alive == round(sparsity * ticket.mask.total)
         assert top1(ticket.build(), create_data(config, accelerator), accelerator) == ticket.facts['top1']
 
