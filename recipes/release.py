@@ -1,6 +1,6 @@
 """Release tickets with the package: halve their values, score them again, write their cards and the index of all.
 
-python recipes/release.py runs=[output/mbv2_fmnist] [references=[output/mobilenetv2_100_fmnist]] hardware='...'
+python recipes/release.py runs=[output/mbv2_fmnist_64] [references=[output/mobilenetv2_100_fmnist]] hardware='...'
 """
 
 import subprocess
@@ -91,7 +91,7 @@ def release(name: str, ticket: Ticket, setup: TrainConfig, said: dict[str, Any],
     folder = ticket.save(TICKETS / name)
     facts = CARDS / f'{name}.yaml'
     known = read_facts(facts) if facts.exists() else {}
-    told = {key: value for key, value in known.items() if key not in ('top1', 'n')}
+    told = {key: value for key, value in known.items() if key not in ticket.facts}  # by a person
     write_atomic(facts, yaml.safe_dump({**told, **said, 'shipped': True}, sort_keys=False).encode())
     write_released(facts, ticket)
     print(f'{name}: top-1 {before:.4f}, with halved values {after:.4f}, {(folder / PACKED).stat().st_size:,} bytes')

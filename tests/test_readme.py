@@ -47,7 +47,7 @@ RUN = {
     'smp.Unet': lambda names: names['model'](torch.zeros(2, 3, 64, 64)).shape == (2, 3, 64, 64),
     'RetinaNet': lambda names: (
         names['model'].eval()([torch.rand(3, 64, 64)])[0].keys() == {'boxes', 'scores', 'labels'}
-        and sparse(names['body']) > 0.79
+        and sparse(names['body']) > 0.78  # without conv_head, which is sparser than the rest
     ),
     'timm_supertickets.bake': lambda names: not names['model'].training and sparse(names['model']) > 0.8,
     'transformers': lambda names: sparse(names['model']) > 0.79 and len(names['kept'].mask) > 20,

@@ -105,7 +105,7 @@ def make_parser() -> argparse.ArgumentParser:
     sub = command(
         'push', run_push, 'push a ticket to the Hugging Face Hub, in one commit',
         f'Running it again completes it or changes nothing. {LOGIN}',
-        'output/mbv2_fmnist/superticket_mbv2_s90 me/superticket_mbv2_s90.st_fmnist --private',
+        'output/mbv2_fmnist_64/superticket_mbv2_s90 me/superticket_mbv2_s90.st_fmnist --private',
     )  # fmt: skip
     sub.add_argument('folder', type=Path, help="a ticket's folder, or its .safetensors file")
     sub.add_argument('repo_id', help='OWNER/NAME; made if it is missing')
