@@ -11,7 +11,7 @@ from timm.models._features import FeatureGetterNet
 from torch import nn
 
 from timm_supertickets import bake, prunable
-from timm_supertickets.bake import BakedBlock, Shift
+from timm_supertickets.bake import SURPLUS, BakedBlock, Shift
 from timm_supertickets.cost import model_cost
 from timm_supertickets.layers import DroppedBlock, MixedBlock, MixedDepthwiseConv2d
 from timm_supertickets.models.hr import ProjectedBlock
@@ -469,12 +469,13 @@ def test_whole_rows_columns_rings_and_scales_that_died(name, seed, share, size):
 
 
 @pytest.mark.parametrize('sparsity', [50, 80, 90])
-def test_the_shipped_tickets_lose_channels_and_keep_their_scores(sparsity):
+def test_the_shipped_tickets_keep_their_scores(sparsity):
     model = timm.create_model(f'superticket_mbv2_s{sparsity}', pretrained=True)
     baked = bake(model)
-    assert error(model, baked, (32, 32)) < 1e-5
-    assert error(model.double(), bake(model), (32, 32)) < 1e-10
-    assert model_cost(baked, (model.in_chans, 32, 32)).macs < model_cost(model, (model.in_chans, 32, 32)).macs
+    assert error(model, baked, (64, 64)) < 1e-5
+    assert error(model.double(), bake(model), (64, 64)) < 1e-10
+    # few of their channels are dead, so that filling up steps of eight can cost more than what goes
+    assert model_cost(baked, (3, 64, 64)).macs <= (1 + SURPLUS) * model_cost(model, (3, 64, 64)).macs
 
 
 def test_costs_by_hand():
