@@ -33,7 +33,7 @@ class Config:
         drawn: What all runs of train.py share, likewise.
         used: What all other runs share, likewise.
         sparsity: That of the tickets.
-        dense_used: Put the dense nets to work as well.
+        dense: Tasks whose dense nets, searched alike with all weights alive, are drawn and used beside the tickets.
         seeds: So many seeds, from 0.
         jobs: Runs at a time, each on one thread of a CPU.
         output: Folder of the runs.
@@ -46,7 +46,7 @@ class Config:
     drawn: list[str] = field(default_factory=list)
     used: list[str] = field(default_factory=list)
     sparsity: float = 0.8
-    dense_used: bool = True
+    dense: list[str] = field(default_factory=lambda: list(RECIPES))
     seeds: int = 3
     jobs: int = 2
     output: str = 'output/transfer_scenes'
@@ -57,6 +57,8 @@ class Config:
             unknown = [task for task in files if task not in RECIPES]
             if unknown or not files:
                 raise ValueError(f'{name} must have tasks out of {", ".join(RECIPES)}, got {list(files)}')
+        if unknown := [task for task in self.dense if task not in RECIPES]:
+            raise ValueError(f'dense: {unknown[0]!r} is unknown; choose from {", ".join(RECIPES)}')
         if not 0 < self.sparsity < 1:
             raise ValueError(f'sparsity must be in (0, 1), got {self.sparsity}')
 
@@ -66,10 +68,9 @@ def main(argv: list[str]) -> None:
     config = parse(argv, Config, 'transfer_scenes.yaml', 'transfer.py')
     seeds = range(config.seeds)
     draws = {(seed, kind, task): draw(config, seed, kind, task) for seed in seeds for kind in KINDS
-             for task in config.draw}  # fmt: skip
-    uses = {(*key, task): use(config, key, cell, task) for key, cell in draws.items() for task in config.use
-            if config.dense_used or key[1] == 'sparse'}  # fmt: skip
-    claim(config, ('seeds', 'dense_used'))
+             for task in config.draw if kind == 'sparse' or task in config.dense}  # fmt: skip
+    uses = {(*key, task): use(config, key, cell, task) for key, cell in draws.items() for task in config.use}
+    claim(config, ('seeds', 'dense'))
     for wave in (draws, uses):
         run_cells([cell for cell in wave.values() if not cell.marker.exists()], config.jobs)
     results = [measured(config, key, cell) for key, cell in (*draws.items(), *uses.items())]
@@ -121,6 +122,8 @@ def tables(config: Config, about: dict[str, Any], results: list[dict[str, Any]])
         return [100 * row['score'] for row in sorted(rows, key=lambda row: row['seed'])]
 
     def less(drawn: str, used: str | None) -> list[float]:
+        if drawn not in config.dense:
+            return []
         return [a - b for a, b in zip(points('sparse', drawn, used), points('dense', drawn, used), strict=True)]
 
     name, scores = f's{100 * config.sparsity:g}', {row['used'] or row['drawn']: row for row in results}
@@ -133,10 +136,11 @@ def tables(config: Config, about: dict[str, Any], results: list[dict[str, Any]])
     used = [
         [f'{task}, {how[kind]}', *(spread(points(kind, task, to)) for to in config.use)]
         for task in config.draw
-        for kind in (KINDS if config.dense_used else KINDS[:1])
+        for kind in KINDS
+        if kind == 'sparse' or task in config.dense
     ]
-    both = [None, *(config.use if config.dense_used else [])]
-    worst = min(statistics.mean(less(task, to)) for task in config.draw for to in both)
+    losses = [-statistics.mean(gap) for task in config.draw for to in (None, *config.use) if (gap := less(task, to))]
+    worst = f'The largest mean loss of a ticket against its dense counterpart is {max([0.0, *losses]):.2f} points.'
     lines = [
         f'# Transfer: tickets at {name}',
         '',
@@ -150,8 +154,7 @@ def tables(config: Config, about: dict[str, Any], results: list[dict[str, Any]])
         '',
         *markdown(['drawn on', *(f'used to {task} ({TASKS[task].metric})' for task in config.use)], used),
         '',
-        f'The largest mean loss of a ticket against its dense counterpart is {max(0.0, -worst):.2f} points.',
-        '',
+        *([worst, ''] if losses else []),
         f'`{about["command"]}`, commit {about["commit"]}, {about["date"]}, {about["hardware"]}, torch '
         f'{about["versions"]["torch"]}. Every number: [results.json](results.json).',
         '',

@@ -100,6 +100,9 @@ def claim(config: Any, free: tuple[str, ...]) -> None:
     path = Path(config.output) / 'compare.json'
     ours = {key: value for key, value in asdict(config).items() if key not in (*free, 'output', 'results', 'jobs')}
     theirs = read_json(path) if path.exists() else ours
+    for key, value in ours.items():
+        if isinstance(value, dict):  # what one of them names alone is no part of the other
+            ours[key], theirs[key] = {**theirs.get(key, {}), **value}, {**value, **theirs.get(key, {})}
     differ = [key for key in ours if theirs.get(key) != ours[key]]
     if differ:
         pairs = ', '.join(f'{key} is {theirs.get(key)!r} there, {ours[key]!r} here' for key in differ)

@@ -17,7 +17,7 @@ def moved(tmp_path_factory):
     scenes = write_scenes(root / 'scenes', 'cityscapes', train=8, val=4)
     args = [
         'draw={classify: smoke.yaml}', 'use={segment: segment_ticket.yaml}', f'changes=[{FEW}]', 'seeds=1',
-        'dense_used=true', 'drawn=[cooldown_steps=1, prune_every=1]',
+        'drawn=[cooldown_steps=1, prune_every=1]',
         f'used=[dataset=cityscapes, data_dir={scenes}, img_size=64]', f'output={root / "runs"}',
         f'results={root / "results"}',
     ]  # fmt: skip
@@ -62,12 +62,27 @@ def test_run_again_it_trains_nothing(moved, monkeypatch):
     transfer.main(moved[1])
 
 
-def test_dense_nets_need_not_be_used(moved):
-    transfer.main([*moved[1], 'dense_used=false', f'results={moved[0] / "fewer"}'])
+def test_dense_nets_are_there_for_the_tasks_that_are_named(moved, monkeypatch):
+    monkeypatch.setattr('parts.cells.run_cell', None)
+    transfer.main([*moved[1], 'dense=[]', f'results={moved[0] / "fewer"}'])
     said = json.loads((moved[0] / 'fewer/results.json').read_text())
-    found = [(row['kind'], row['used']) for row in said['results']]
-    assert found == [('sparse', None), ('dense', None), ('sparse', 'segment')]
-    assert 'classify, dense' not in (moved[0] / 'fewer/README.md').read_text()
+    assert [(row['kind'], row['used']) for row in said['results']] == [('sparse', None), ('sparse', 'segment')]
+    text = (moved[0] / 'fewer/README.md').read_text()
+    assert 'classify, dense' not in text
+    assert 'against its dense counterpart' not in text
+
+
+def test_a_table_goes_on_with_other_tasks_but_not_with_the_same_by_another_config(moved):
+    def claim(**draw):
+        config = transfer.parse(moved[1], transfer.Config)
+        config.draw = draw
+        transfer.claim(config, ('seeds', 'dense'))
+
+    claim(segment='segment_scenes.yaml')
+    claim(classify='smoke.yaml')
+    for other in ({'classify': 'mbv2_digits.yaml'}, {'segment': 'smoke.yaml'}):
+        with pytest.raises(ValueError, match=r'holds the runs of another comparison.*draw is'):
+            claim(**other)
 
 
 @pytest.mark.parametrize(
@@ -78,6 +93,7 @@ def test_dense_nets_need_not_be_used(moved):
             r"draw must have tasks out of classify, segment, keypoints, detect, got \['sort'\]",
         ),
         (['use={}'], r'use must have tasks'),
+        (['dense=[sort]'], r"dense: 'sort' is unknown; choose from classify, segment, keypoints, detect"),
         (['sparsity=1.0'], r'sparsity must be in \(0, 1\), got 1'),
     ],
 )
