@@ -74,7 +74,7 @@ def test_dense_nets_are_there_for_the_tasks_that_are_named(moved, monkeypatch):
 
 def test_a_table_goes_on_with_other_tasks_but_not_with_the_same_by_another_config(moved):
     def claim(**draw):
-        config = transfer.parse(moved[1], transfer.Config)
+        config = transfer.parse(moved[1], transfer.Config, 'transfer_scenes.yaml', 'transfer.py')
         config.draw = draw
         transfer.claim(config, ('seeds', 'dense'))
 
