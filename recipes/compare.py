@@ -6,6 +6,7 @@ Every cell is a run of train.py or finetune.py in a folder of its own, whose con
 on with what is there.
 """
 
+import shlex
 import statistics
 import sys
 from collections.abc import Mapping
@@ -111,7 +112,7 @@ def main(argv: list[str]) -> None:
         run_cells([cell for cell in wave if not cell.marker.exists()], config.jobs)
     results = [measured(arm, target, seed, grid) for arm, target, seed in grid]
     folder = Path(config.results)
-    about = {'command': ' '.join(['python recipes/compare.py', *argv]), **where_and_when()}
+    about = {'command': shlex.join(['python', 'recipes/compare.py', *argv]), **where_and_when()}
     text = tables(config, about, results)
     write_results(folder, about, config, results, text)
     for name, arms in PICTURES.items():

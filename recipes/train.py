@@ -6,6 +6,7 @@ accelerate launch recipes/train.py [--config recipes/configs/NAME.yaml] [key=val
 """
 
 import os
+import shlex
 import subprocess
 import zlib
 from collections.abc import Callable, Iterator
@@ -171,7 +172,7 @@ def command(recipe: str, argv: list[str], accelerator: Accelerator) -> str:
     if accelerator.num_processes > 1:
         here = 'ACCELERATE_USE_CPU=true ' if accelerator.device.type == 'cpu' else ''
         launch = f'{here}torchrun --nproc_per_node {accelerator.num_processes}'
-    return ' '.join([f'{launch} recipes/{recipe}', *said])
+    return f'{launch} {shlex.join([f"recipes/{recipe}", *said])}'
 
 
 def pretrained_cfg(config: Config) -> dict[str, Any] | None:

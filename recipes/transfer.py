@@ -6,6 +6,7 @@ Every cell is a run of train.py or of a task's own recipe, in a folder whose con
 on with what is there.
 """
 
+import shlex
 import statistics
 import sys
 from dataclasses import dataclass, field
@@ -74,7 +75,7 @@ def main(argv: list[str]) -> None:
     for wave in (draws, uses):
         run_cells([cell for cell in wave.values() if not cell.marker.exists()], config.jobs)
     results = [measured(config, key, cell) for key, cell in (*draws.items(), *uses.items())]
-    about = {'command': ' '.join(['python recipes/transfer.py', *argv]), **where_and_when()}
+    about = {'command': shlex.join(['python', 'recipes/transfer.py', *argv]), **where_and_when()}
     text = tables(config, about, results)
     write_results(Path(config.results), about, config, results, text)
     print(text)

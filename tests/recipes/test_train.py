@@ -4,6 +4,7 @@ import itertools
 import multiprocessing
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import pytest
 import timm
 import torch
 import train
+from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
 from accelerate.tracking import GeneralTracker, register_tracker_class
@@ -568,6 +570,13 @@ def test_facts_name_the_commit(smoke):
         pytest.skip('this is no clone')
     commit = load_ticket(smoke[0] / 'superticket_mbv2_s50').facts['commit']
     assert commit.removesuffix('-dirty') == found.stdout.strip()
+
+
+def test_the_command_in_the_facts_can_be_typed_into_a_shell():
+    said = train.command('train.py', ['model_args={width: 2.0}', 'targets=[0.8]', 'output=here'], Accelerator())
+    assert shlex.split(said) == [
+        'accelerate', 'launch', 'recipes/train.py', 'model_args={width: 2.0}', 'targets=[0.8]',
+    ]  # fmt: skip
 
 
 def test_a_run_that_knew_fewer_keys_goes_on(smoke, tmp_path, monkeypatch):
