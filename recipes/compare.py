@@ -83,7 +83,7 @@ class Config:
 
     base: str = 'mbv2_digits.yaml'
     changes: list[str] = field(default_factory=list)
-    other: str = 'mbv2_fmnist_tiny.yaml'
+    other: str = 'mbv2_fmnist_32.yaml'
     other_changes: list[str] = field(default_factory=list)
     baseline: str = 'mobilenetv2_035'
     baseline_changes: list[str] = field(default_factory=list)
