@@ -116,7 +116,9 @@ def main(argv: list[str]) -> None:
     text = tables(config, about, results)
     write_results(folder, about, config, results, text)
     for name, arms in PICTURES.items():
-        draw(folder / f'{name}.png', [arm for arm in arms if arm in config.arms], results)
+        shown = [arm for arm in arms if arm in config.arms]
+        if len(shown) > 1:
+            draw(folder / f'{name}.png', shown, results)
     print(text)
 
 
@@ -280,10 +282,13 @@ def draw(path: Path, arms: list[str], results: list[dict[str, Any]]) -> None:
         for place, values in enumerate(found):
             axis.scatter([place + shift] * len(values), values, s=9, color=f'C{index}')
     axis.set_xticks(range(len(places)), [f's{100 * t:g}' for t in places])
-    axis.set_yscale('symlog', linthresh=1)  # zero has a place
-    ticks = [0, 0.5, 1, 2, 5, 10, 20, 50, 100]
-    axis.set_yticks(ticks, [f'{tick:g}' for tick in ticks])
-    axis.set(xlabel='sparsity', ylabel='top-1 error (%)', ylim=(0, 100))
+    errors = [100 - 100 * row['top1'] for row in results if row['arm'] in arms]
+    if max(errors) > 3 * min(errors):
+        axis.set_yscale('symlog', linthresh=1)  # zero has a place
+        ticks = [0, 0.5, 1, 2, 3, 5, 10, 20, 30, 50, 100]
+        axis.set_yticks(ticks, [f'{tick:g}' for tick in ticks])
+        axis.set_ylim(0.9 * min(errors), 1.1 * max(errors))
+    axis.set(xlabel='sparsity', ylabel='top-1 error (%)')
     axis.grid(axis='y', linewidth=0.3)
     axis.legend()
     figure.savefig(path, dpi=DPI)

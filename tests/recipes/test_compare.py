@@ -117,6 +117,11 @@ def test_run_again_it_trains_nothing(compared, monkeypatch):
     assert json.loads((output / 'results/results.json').read_text())['results'] == json.loads(before)['results']
 
 
+def test_a_picture_has_two_arms_at_least(compared, tmp_path):
+    compare.main([*compared[1], 'arms=[joint,two_stage_2x,family]', f'results={tmp_path}'])
+    assert {path.name for path in tmp_path.glob('*.png')} == {'accuracy.png', 'ablations.png'}
+
+
 def test_a_family_costs_its_trunk_and_its_branches(tmp_path):
     (tmp_path / 'summary.csv').write_text(
         'name,round,step,sparsity,train_macs\ns50,1,4,0.5,130\ntrunk,1,4,0.6,100\ns90,2,8,0.9,190\ntrunk,2,8,0.9,150\n'
