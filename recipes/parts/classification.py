@@ -137,12 +137,12 @@ def create_data(config: Setup, accelerator: Accelerator, known: Mapping[str, Any
 def _datasets(config: Setup) -> tuple[Any, Any, list[str]]:
     mode = 'L' if config.in_chans == 1 else 'RGB'
     if config.dataset == 'digits':
-        return digits(mode)
+        return _chosen(config, *digits(mode))
     if config.dataset == 'fashion_mnist':
         folder = Path(config.data_dir) if config.data_dir else FASHION_MNIST
         if any(folder.glob('train-images-idx3-ubyte*')):
             splits = [Pictures(*idx_split(folder, name), mode) for name in ('train', 't10k')]
-            return splits[0], splits[1], list(FASHION_MNIST_LABELS)
+            return _chosen(config, splits[0], splits[1], list(FASHION_MNIST_LABELS))
         if not any(folder.rglob('*.parquet')):
             raise ValueError(
                 f'Fashion-MNIST is not in {folder}. Ways to get it: `apt install dataset-fashion-mnist`, which is '
@@ -179,6 +179,39 @@ def _datasets(config: Setup) -> tuple[Any, Any, list[str]]:
         ) from None
     classes: dict[str, int] = getattr(train.reader, 'class_to_idx', None) or {}
     return train, val, sorted(classes, key=lambda label: classes[label])
+
+
+def _chosen(config: Setup, train: Pictures, test: Pictures, labels: list[str]) -> tuple[Pictures, Pictures, list[str]]:
+    splits = {'train': train, 'test': test}
+    try:
+        return part(config.train_split, splits), part(config.val_split, splits), labels
+    except ValueError as error:
+        said = f'train_split={config.train_split}, val_split={config.val_split}'
+        raise ValueError(f'dataset {config.dataset!r} with {said} cannot be read: {error}') from None
+
+
+def part(split: str, splits: Mapping[str, Pictures]) -> Pictures:
+    """The images that a split names in the words of `datasets`: `train`, `train[:5000]`, `test[50%:]`.
+
+    Args:
+        split: The name.
+        splits: What there is, by name.
+
+    Raises:
+        ValueError: There is no such split.
+    """
+    if split in splits:
+        return splits[split]
+    from datasets import ReadInstruction
+
+    counts = {name: len(pictures) for name, pictures in splits.items()}
+    ranges = ReadInstruction.from_spec(split).to_absolute(counts)
+    cuts = [(splits[one.splitname], slice(one.from_, one.to)) for one in ranges]
+    return Pictures(
+        np.concatenate([pictures.images[where] for pictures, where in cuts]),
+        np.concatenate([pictures.labels[where] for pictures, where in cuts]),
+        cuts[0][0].mode,
+    )
 
 
 def _in_our_words(error: Exception) -> str:

@@ -24,7 +24,8 @@ class Setup:
             `hfids/...`, `folder`. For `segment`: `scenes` (embedded), `cityscapes`, `ade20k`, `scene_parse_150` or
             `masks`, a folder of images and masks. For `keypoints` and `detect`: `scenes` (embedded) or `coco`.
         data_dir: Where the dataset lies.
-        train_split: Split to train on.
+        train_split: Split to train on, in the words of `datasets`: `train`, or a part of it as `train[:5000]` or
+            `train[:10%]`; a dataset that is a folder of images has whole ones only.
         val_split: Split to score on; the test images.
         train_samples: Images of the training split; only for streamed datasets (`hfids/`) that do not say.
         val_samples: Images of the test split, likewise.

@@ -46,6 +46,22 @@ def test_digits_hold_out_the_same_third_every_time(accelerator):
     assert sum(image.tobytes() in held_out for image in data.train.dataset.images) < 5  # some scans are twins
 
 
+def test_digits_in_part(accelerator):
+    whole = create_data(Config(img_size=8), accelerator)
+    part = create_data(Config(img_size=8, train_split='train[:100]+train[-10:]', val_split='test[:50%]'), accelerator)
+    images, labels = whole.train.dataset.images, whole.train.dataset.labels
+    assert np.array_equal(part.train.dataset.images, np.concatenate([images[:100], images[-10:]]))
+    assert np.array_equal(part.train.dataset.labels, np.concatenate([labels[:100], labels[-10:]]))
+    assert part.val_count == 300  # of 599, rounded
+    assert np.array_equal(part.val.dataset.images, whole.val.dataset.images[:300])
+
+
+@pytest.mark.parametrize('split', ['validation', 'train[:x]', 'train[:200%]'])
+def test_digits_have_no_such_split(accelerator, split):
+    with pytest.raises(ValueError, match=r"dataset 'digits' with train_split=.* cannot be read"):
+        create_data(Config(train_split=split), accelerator)
+
+
 def test_batches_depend_on_the_seed_alone(accelerator):
     data = create_data(Config(img_size=8, scale=0.5, batch_size=16), accelerator)
     first, again, other = ([x.clone() for x, _ in batches(data.train, 3, seed)] for seed in (1, 1, 2))
