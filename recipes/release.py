@@ -68,7 +68,8 @@ def main(argv: list[str]) -> None:
     for run in map(Path, config.references):
         for folder in tickets(run):
             ticket = load_ticket(folder)
-            known[f'{folder.name}.{config.tag}'] = {**row_of(ticket), 'command': ticket.facts['command'], **said}
+            name = f'{ticket.architecture}.{config.tag}'
+            known[name] = {**row_of(ticket), 'command': ticket.facts['command'], **said}
     if known:
         write_atomic(CARDS / REFERENCES, yaml.safe_dump(known, sort_keys=True, width=120).encode())
     write_index(CARDS)

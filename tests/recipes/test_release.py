@@ -69,9 +69,9 @@ def test_the_index_lists_tickets_and_dense_references(released):
     assert list(rows) == [
         '[`superticket_mbv2_s50.st_few`](superticket_mbv2_s50.st_few.md)',
         '[`superticket_mbv2_s80.st_few`](superticket_mbv2_s80.st_few.md)',
-        'timm `test_resnet_s0.st_few`, dense',
+        'timm `test_resnet.st_few`, dense',
     ]
-    dense = yaml.safe_load((released / 'cards/REFERENCES.yaml').read_text())['test_resnet_s0.st_few']
+    dense = yaml.safe_load((released / 'cards/REFERENCES.yaml').read_text())['test_resnet.st_few']
     assert dense['dead'] == 0
     assert f'| {dense["params"]:,} | {dense["params"]:,} | {dense["macs"]:,} | {dense["macs"]:,} |' in text
     assert re.findall(r'!\[.*\]\((.*)\)', text) == ['index.png', 'run.rounds.png']
