@@ -4,7 +4,7 @@ accelerate launch recipes/finetune.py ticket=FOLDER [--config recipes/configs/NA
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,6 +39,8 @@ class Config(Setup):
         weights: Where training starts: from the ticket's weights (`ticket`) or from random ones (`fresh`).
         mask: Which weights live: those of the ticket (`keep`), as many of every layer in other places (`shuffle`), or
             all of them (`dense`).
+        tune: What is trained: all of the net, or its head alone (`head`): the classifier, and what the ticket does not
+            bring. The ticket then stays as it is, what its batch norm has seen included; nothing is recalibrated.
         sparsity: Prune to this at once before training; 0 does not.
         teacher: Learn from this one's scores too: a ticket as above, or a model of timm with pretrained weights.
         distill: Share of the loss that is the teacher's.
@@ -48,6 +50,7 @@ class Config(Setup):
     ticket: str = ''
     weights: Literal['ticket', 'fresh'] = 'ticket'
     mask: Literal['keep', 'shuffle', 'dense'] = 'keep'
+    tune: Literal['all', 'head'] = 'all'
     sparsity: float = 0.0
     teacher: str = ''
     distill: float = 0.5
@@ -95,6 +98,8 @@ def begin(config: Config, recipe: str, argv: list[str]) -> tuple[Run, State]:
         recipe: The file that does it.
         argv: Its arguments.
     """
+    if config.tune == 'head':
+        config = replace(config, recalibrate=0)
     accelerator = create_accelerator(config)
     ticket = find_ticket(config.ticket)
     task = find_task(config)
@@ -166,7 +171,19 @@ def create_net(config: Config, ticket: Ticket, task: Task, data: Data) -> nn.Mod
         model: nn.Module = timm.create_model(ticket.architecture, **{**ticket.model_args, **args})
         return model
 
-    return task.create_net(make, data)
+    net = task.create_net(make, data)
+    if config.tune == 'head':
+        freeze_(net, ticket)
+    return net
+
+
+def freeze_(net: Any, ticket: Ticket) -> None:
+    """Ask no gradient for what the ticket brings, but for its classifier."""
+    prefix, heads = (PREFIX, ()) if isinstance(net, OnBackbone) else ('', net.get_classifier())
+    spared = {param for head in (heads if isinstance(heads, tuple) else (heads,)) for param in head.parameters()}
+    for name, param in net.named_parameters():
+        if name.removeprefix(prefix) in ticket.weights and name.startswith(prefix) and param not in spared:
+            param.requires_grad_(False)
 
 
 def chosen_mask(config: Config, ticket: Ticket, net: nn.Module) -> Mask:
@@ -186,8 +203,9 @@ def origin(config: Config, ticket: Ticket) -> dict[str, Any]:
     start = 'fresh weights' if config.weights == 'fresh' else 'its weights'
     mask = {'keep': 'its mask kept', 'shuffle': 'its mask shuffled', 'dense': 'no mask'}[config.mask]
     once = f', pruned at once to {config.sparsity:g}' if config.sparsity else ''
+    alone = ', its head alone' if config.tune == 'head' else ''
     known = f'drawn on {ticket.facts["dataset"]}' if 'dataset' in ticket.facts else ticket.architecture
-    return {'how': f'A ticket {known} was fine-tuned on {config.dataset} from {start}, with {mask}{once}.'}
+    return {'how': f'A ticket {known} was fine-tuned on {config.dataset} from {start}, with {mask}{alone}{once}.'}
 
 
 if __name__ == '__main__':

@@ -33,6 +33,7 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler, StepLRScheduler
 from timm.utils import ModelEmaV3
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 
 import timm_supertickets
@@ -49,7 +50,7 @@ from timm_supertickets.sparsity.reactivate import regrow, reset
 from timm_supertickets.sparsity.scores import lamp, magnitude
 from timm_supertickets.ticket import PACKED
 
-BACKWARD_TOO = 3  # a backward pass costs about two forward passes
+BACKWARD = 2  # a backward pass costs about two forward passes
 HERE = ('output', 'resume', 'data_dir', 'tracker')  # keys that are of a place, not of what is done there
 SCORES = {'magnitude': magnitude, 'lamp': lamp}
 
@@ -302,6 +303,7 @@ def train(
     config, accelerator, net, mask = run.config, run.accelerator, state.net, state.mask
     model, optimizer = state.prepare(accelerator)
     model.train()
+    keep_frozen_statistics_(net)
     penalty = gate_penalty(run, state) if rho(first) or rho(first + steps - 1) else None
     if not state.step:
         state.total = torch.zeros((), device=accelerator.device)
@@ -332,9 +334,24 @@ def train(
     for trained in (net, state.best):
         average_buffers_(accelerator, trained)
     images_seen = steps * config.accumulate * config.batch_size * accelerator.num_processes
-    state.spent += BACKWARD_TOO * images_seen * model_cost(net, run.data.input_size).macs
+    state.spent += images_seen * training_macs(net, run.data.input_size)
     mean = accelerator.reduce(state.total, reduction='mean').item() / max(1, steps * config.accumulate)
     return run.report.sound(mean, text)
+
+
+def keep_frozen_statistics_(net: nn.Module) -> None:
+    """Let batch norm that does not train go on with what it has seen."""
+    for module in net.modules():
+        weights = list(module.parameters()) if isinstance(module, _BatchNorm) else []
+        if weights and not any(weight.requires_grad for weight in weights):
+            module.eval()
+
+
+def training_macs(net: nn.Module, input_size: tuple[int, int, int]) -> int:
+    """Multiply-accumulates of a step for one image; what does not train costs nothing on the way back."""
+    trained = {name.rpartition('.')[0] for name, param in net.named_parameters() if param.requires_grad}
+    layers = model_cost(net, input_size).layers
+    return sum(layer.macs * (1 + BACKWARD if layer.name in trained else 1) for layer in layers)
 
 
 def gate_penalty(run: Run, state: State) -> GatePenalty:

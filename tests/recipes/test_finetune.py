@@ -86,6 +86,18 @@ def test_a_dense_mask_lets_all_weights_train(sparse, tmp_path):
     assert living[1] > 0.5 * after.mask.total
 
 
+def test_the_head_alone_is_trained(sparse, tmp_path):
+    before, after = load_ticket(sparse), tuned(tmp_path / 'run', sparse, 'tune=head')
+    changed = {name for name, tensor in before.weights.items() if not torch.equal(tensor, after.weights[name])}
+    assert changed == {'classifier.weight', 'classifier.bias'}
+    assert 'with its mask kept, its head alone.' in after.facts['how']
+    with open(tmp_path / 'run/summary.csv', newline='') as file:
+        spent = int(list(csv.DictReader(file))[-1]['train_macs'])
+    classifier = before.weights['classifier.weight'].numel()
+    # on the way back there is the classifier alone; 2 rounds of 3 steps of 8 images
+    assert spent == 48 * (model_cost(before.build(), (3, 32, 32)).macs + 2 * classifier)
+
+
 def test_pruning_at_once_takes_the_smallest_weights(drawn, tmp_path):
     dense = drawn / 'dense/superticket_mbv2_s0'
     before = load_ticket(dense)

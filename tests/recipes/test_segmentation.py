@@ -14,6 +14,7 @@ from parts.pixels import IGNORE
 from parts.scenes import write_scenes
 from parts.segmentation import Segmentation
 from PIL import Image
+from safetensors.torch import load_file
 from torch import nn
 
 from timm_supertickets import Mask, Ticket, load_ticket, prunable
@@ -221,6 +222,28 @@ def test_a_classifiers_ticket_scores_pixels_and_keeps_its_mask(scenes, tmp_path,
     for name in shared:
         assert ticket.mask[name].equal(drawn.mask[name])
         assert not torch.equal(ticket.weights[name], drawn.weights[name]) or name == 'conv_head.weight'
+
+
+@pytest.mark.parametrize('model', ['supernet_hr_tiny', 'supernet_mbv2_tiny'])
+def test_a_new_head_alone_is_trained(scenes, tmp_path, model):
+    torch.manual_seed(0)
+    net = timm.create_model(model)
+    for name, buffer in net.named_buffers():
+        if name.endswith('running_mean'):
+            buffer.uniform_(-0.1, 0.1)
+    drawn = Ticket.draw(net, prune(magnitude(net), 0.7), data_config={'input_size': (3, 32, 32)})
+    drawn.save(tmp_path / 'drawn')
+    few = [arg for arg in FEW if arg.split('=')[0] not in ('cooldown_steps', 'targets', 'search_until')]
+    output = tmp_path / 'run'
+    segment.main([*few, 'tune=head', f'ticket={tmp_path / "drawn"}', f'data_dir={scenes}', f'output={output}'])
+    (folder,) = (path.parent for path in output.glob('*/ticket.safetensors'))
+    ticket = load_ticket(folder)
+    shared = [name for name in drawn.weights if not name.startswith(('head.', 'classifier.'))]
+    assert all(ticket.weights[name].equal(drawn.weights[name]) for name in shared)
+    trained = load_file(max(output.glob('**/model.safetensors')))
+    scales = [tensor for name, tensor in trained.items() if name.startswith(('head.', 'pyramid.')) and tensor.ndim == 1]
+    assert scales
+    assert all(((tensor != 0) & (tensor != 1)).any() for tensor in scales)  # what batch norm begins with
 
 
 def test_the_ticket_of_a_head_over_a_backbone_is_the_backbones():
