@@ -269,9 +269,10 @@ def test_channels_of_a_feature_map_stay():
     arch = {**ARCH, 'shape': {**ARCH['shape'], 'stages': [[6, 2, 2], [5, 1, 2]]}}
     model = net(arch)
     assert [info['num_chs'] for info in model.feature_info] == [4, 6, 5]
-    for block in blocks(model)[1:]:
-        block.conv_pw.weight[:, 4] = 0
+    for block in blocks(model):
+        block.conv_pw.weight[:, 3] = 0
     baked = same(model)
+    assert baked.conv_stem.out_channels == 4
     assert [block.conv_pwl.out_channels for block in blocks(baked)] == [6, 6, 5]
 
 

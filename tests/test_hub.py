@@ -17,6 +17,7 @@ from huggingface_hub import constants
 from huggingface_hub.utils import close_session
 
 from timm_supertickets import Ticket, load_ticket
+from timm_supertickets.cli import main
 from timm_supertickets.hub import TRIES, pull_ticket, push_ticket
 from timm_supertickets.sparsity.prune import prune
 from timm_supertickets.sparsity.scores import magnitude
@@ -211,6 +212,29 @@ def test_a_folder_s_own_card_is_kept_with_its_pictures(hub, ticket, tmp_path):
     assert files.keys() == FILES | {'pictures/arch.png', 'top.svg'}
     assert files['README.md'].decode() == card
     assert files['pictures/arch.png'] == b'pictures/arch.png'
+
+
+def test_a_card_that_was_written_for_the_folder_says_where_it_is_pushed_to(hub, ticket, tmp_path):
+    folder = ticket.save(tmp_path / 'folder')
+    assert main(['card', str(folder)]) == 0
+    assert 'local-dir:folder' in (folder / 'README.md').read_text()
+    push_ticket(folder, NAME)
+    card = hub.repos[NAME].files()['README.md'].decode()
+    assert f'hf-hub:{NAME}' in card
+    assert 'local-dir:' not in card
+
+
+@pytest.mark.parametrize('change', ['text', 'ticket'])
+def test_a_folder_s_card_of_something_else_is_not_pushed(hub, ticket, tmp_path, change):
+    folder = ticket.save(tmp_path / 'folder')
+    assert main(['card', str(folder)]) == 0
+    if change == 'text':
+        (folder / 'README.md').write_text((folder / 'README.md').read_text() + 'Mine.\n')
+    else:
+        draw(facts={'top1': 0.75}).save(folder)
+    with pytest.raises(ValueError, match=rf'README.md says how a folder is loaded .* hf-hub:{NAME}, or delete it'):
+        push_ticket(folder, NAME)
+    assert hub.log == []
 
 
 def test_a_ticket_that_is_not_whole_is_not_pushed(hub, ticket, tmp_path):

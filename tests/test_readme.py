@@ -51,6 +51,7 @@ RUN = {
     ),
     'timm_supertickets.bake': lambda names: not names['model'].training and sparse(names['model']) > 0.8,
     'transformers': lambda names: sparse(names['model']) > 0.79 and len(names['kept'].mask) > 20,
+    "'my_resnet18_s80'": lambda names: load_ticket('my_resnet18_s80').mask.alive == names['mask'].alive,
 }
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from timm_supertickets import Arch, Mask, Ticket, load_ticket, prunable, verify_ticket
+from timm_supertickets.models.mbv2 import MixedMobileNetV2
 from timm_supertickets.packing import CONFIG, DIGEST, digest
 from timm_supertickets.sparsity.prune import prune
 from timm_supertickets.sparsity.scores import magnitude
@@ -339,6 +340,40 @@ def test_settings_that_change_the_function_travel_with_the_ticket(tmp_path):
     assert torch.equal(load_ticket(tmp_path / 'ticket').build()(x), model(x))
 
 
+@pytest.mark.parametrize('kwargs', [{}, {'head': 'dense'}])
+def test_settings_of_a_new_model_are_not_written_down(kwargs):
+    model = timm.create_model('supernet_hr_tiny' if kwargs else 'supernet_mbv2_tiny', **kwargs)
+    assert set(Ticket.draw(model, {}).model_args) == {'arch'}
+
+
+@pytest.mark.parametrize('pool', ['max', 'catavgmax'])
+def test_a_pooling_that_was_reset_travels_with_the_ticket(pool, tmp_path):
+    model = settled(timm.create_model('supernet_mbv2_tiny', width=0.5)).eval()
+    model.reset_classifier(4, pool)
+    x = torch.randn(2, 3, 64, 64)
+    assert torch.equal(create(Ticket.draw(model, {}).save(tmp_path / 'ticket'))(x), model(x))
+
+
+def test_settings_of_a_model_that_was_made_by_its_class_travel_too():
+    model = settled(MixedMobileNetV2(MICRO, num_classes=4, act_layer='silu')).eval()
+    x = torch.randn(2, 3, 64, 64)
+    assert torch.equal(Ticket.draw(model, {}).build()(x), model(x))
+
+
+def test_what_is_said_of_images_and_classes_fits_the_model():
+    model = timm.create_model('superticket_mbv2_s90', pretrained=True)
+    assert len(Ticket.draw(model, {}).pretrained_cfg['label_names']) == 10
+    model = timm.create_model('superticket_mbv2_s90', pretrained=True, num_classes=5, in_chans=1)
+    model.pretrained_cfg |= {'mean': (0.1, 0.2, 0.6), 'std': (0.25, 0.25, 0.25)}
+    cfg = Ticket.draw(model, {}).pretrained_cfg
+    assert 'label_names' not in cfg
+    assert (cfg['input_size'], cfg['num_classes'], cfg['std']) == ([1, 64, 64], 5, [0.25])
+    assert cfg['mean'] == pytest.approx([0.3])
+    for size, expected in ((64, [3, 64, 64]), ((64, 32), [3, 64, 32])):
+        model = timm.create_model('vit_tiny_patch16_224', img_size=size)
+        assert Ticket.draw(model, {}).pretrained_cfg['input_size'] == expected
+
+
 def test_data_config_and_classes_are_kept(tmp_path):
     model = timm.create_model('superticket_mbv2', arch=MICRO, num_classes=3, in_chans=1)
     data = {'input_size': (1, 28, 28), 'mean': (0.5,), 'std': (0.25,), 'label_names': ['a', 'b', 'c']}
@@ -597,7 +632,8 @@ def test_every_word_of_config_is_vouched_for(tmp_path):
 
 def test_create_model_names_what_config_says_instead(micro):
     edit_config(micro, pretrained_cfg={'std': [1, 1, 1]})
-    with pytest.raises(ValueError, match=r"config.json: 'pretrained_cfg.std' is not what was saved with the weights"):
+    says = r"config.json \(or pretrained_cfg_overlay\): 'pretrained_cfg.std' is not what was saved with the weights"
+    with pytest.raises(ValueError, match=says):
         create(micro)
     edit_config(micro, model_args={'arch': MICRO, 'act_layer': 'silu'})
     with pytest.raises(ValueError, match=r"config.json has another key than was saved: 'model_args.act_layer'"):
@@ -716,7 +752,7 @@ def test_facts_that_are_not_plain(facts):
 
 def test_settings_that_cannot_be_written_down():
     model = timm.create_model('superticket_mbv2', arch=MICRO, act_layer=nn.SiLU)
-    with pytest.raises(ValueError, match='facts and settings must be plain JSON values'):
+    with pytest.raises(ValueError, match=r"plain JSON values: 'act_layer': .*; timm takes layers by name too"):
         Ticket.draw(model, {})
 
 

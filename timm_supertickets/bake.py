@@ -338,7 +338,7 @@ def _streams(model: Any) -> Iterator[tuple[list[nn.Module], list[nn.Module]]]:
         return
     writers: list[nn.Module] = [model.conv_stem]
     readers: list[nn.Module] = []
-    feature_map = False
+    feature_map = 0 in model.stage_ends
     for stage, blocks in enumerate(model.blocks, start=1):
         for block in blocks:
             if isinstance(block, MixedBlock):

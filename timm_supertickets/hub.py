@@ -69,7 +69,8 @@ def push_ticket(
 
     Args:
         ticket: The ticket, or what `Ticket.load` reads; verified before anything is sent. A folder's README.md is
-            taken as the card, with the pictures that it names; without one the card is written.
+            taken as the card, with the pictures that it names; without one, or with what `supertickets card` wrote
+            for the folder, the card is written.
         repo_id: `'owner/name'`; made if it is missing.
         private: Whether a new repository is private; one that exists must not be public then.
         token: As in `huggingface_hub`: None for the one of `hf auth login` or `HF_TOKEN`.
@@ -80,7 +81,8 @@ def push_ticket(
         The url of the commit that holds these files. If the reply to a commit was lost, the Hub is asked what it holds.
 
     Raises:
-        ValueError: The ticket is not whole, or the Hub refuses: token, repository or branch.
+        ValueError: The ticket is not whole, its folder's card is that of another ticket or place, or the Hub refuses:
+            token, repository or branch.
         ConnectionError: The Hub did not answer in several tries; it is said what has become of the commit.
     """
     api, place = _address(repo_id, revision, token)
@@ -190,8 +192,8 @@ def _lay_out(ticket: Ticket | str | Path, folder: Path, repo_id: str) -> dict[st
     facts = {key: value for key, value in ticket.facts.items() if key != PIN}
     # as it is read there, whatever order its tensors are in here
     ticket = Ticket.load(replace(ticket, facts=facts).save(folder, dense=True))
-    if source is not None and (source / CARD).is_file():
-        text = (source / CARD).read_text(encoding='utf-8')
+    text = None if source is None else _own_card(source, ticket, repo_id)
+    if source is not None and text is not None:
         shutil.copyfile(source / CARD, folder / CARD)
         for picture in source.rglob('*'):
             name = picture.relative_to(source)
@@ -201,6 +203,29 @@ def _lay_out(ticket: Ticket | str | Path, folder: Path, repo_id: str) -> dict[st
     else:
         write_card(folder, ticket, repo_id=repo_id)
     return {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob('*')) if path.is_file()}
+
+
+def _own_card(source: Path, ticket: Ticket, repo_id: str) -> str | None:
+    """The text of the card in a ticket's folder; None if there is none, or only what is written for the folder itself.
+
+    Raises:
+        ValueError: It is written for a folder, and by other hands or for another ticket.
+    """
+    if not (source / CARD).is_file():
+        return None
+    text = (source / CARD).read_text(encoding='utf-8')
+    if 'local-dir:' not in text or 'hf-hub:' in text:
+        return text
+    with TemporaryDirectory() as temporary:
+        folder = Path(temporary) / source.resolve().name
+        folder.mkdir()
+        write_card(folder, ticket)
+        if text != (folder / CARD).read_text(encoding='utf-8'):
+            raise ValueError(
+                f'{source / CARD} says how a folder is loaded (local-dir:) and is not what `supertickets card` writes '
+                f'for this ticket; let it say hf-hub:{repo_id}, or delete it'
+            )
+    return None
 
 
 def _make_room(api: HfApi, repo_id: str, private: bool, revision: str | None) -> None:

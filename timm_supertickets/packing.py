@@ -133,9 +133,9 @@ def check_model(config: Mapping[str, Any], model: Any) -> None:
     if added is None:
         return
     cfg = PretrainedCfg(**config['pretrained_cfg'], architecture=config['architecture']).to_dict()
-    expected = {'pretrained_cfg': cfg, 'model_args': config['model_args']}
     found = {key: value for key, value in model.pretrained_cfg.items() if key not in added}
-    check_same(expected, {'pretrained_cfg': found, 'model_args': model.pretrained_model_args}, 'config.json')
+    check_same(config['model_args'], model.pretrained_model_args, 'config.json', 'model_args.')
+    check_same(cfg, found, 'config.json (or pretrained_cfg_overlay)', 'pretrained_cfg.')
 
 
 def check_same(saved: Any, found: Any, where: str, path: str = '') -> None:

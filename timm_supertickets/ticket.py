@@ -4,7 +4,7 @@ import base64
 import hashlib
 import inspect
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,7 +104,7 @@ class Ticket:
                 `label_names`, ...
 
         Raises:
-            ValueError: The mask does not fit the model.
+            ValueError: The mask does not fit the model, or the model has a setting that is no plain JSON value.
         """
         held = Mask({name: alive.detach().cpu().clone() for name, alive in mask.items()})
         held.check(model)
@@ -119,14 +119,11 @@ class Ticket:
         # tag and description tell of the weights that the model was registered with, not of these
         source = {**getattr(model, 'pretrained_cfg', {}), 'tag': None, 'description': None, **(data_config or {})}
         cfg = {key: source[key] for key in CFG_KEYS if source.get(key) is not None}
-        cfg['num_classes'] = getattr(model, 'num_classes', cfg.get('num_classes'))
-        if 'input_size' in cfg:
-            cfg['input_size'] = (getattr(model, 'in_chans', cfg['input_size'][0]), *cfg['input_size'][1:])
-        arch = getattr(model, 'arch', None)
         made_with = getattr(model, '_model_args', {})
+        _fit_images_(cfg, model, made_with.get('img_size'))
+        arch = getattr(model, 'arch', None)
         if isinstance(arch, Arch):
-            name, args = f'superticket_{arch.space}', {'arch': arch.to_json()}
-            args |= {key: made_with[key] for key in _FUNCTION_ARGS if key in made_with}
+            name, args = f'superticket_{arch.space}', {'arch': arch.to_json(), **_function_args(model)}
         else:
             name = source.get('architecture', '')
             args = {key: made_with[key] for key in made_with if key not in ('num_classes', 'in_chans', *_RESERVED)}
@@ -287,6 +284,30 @@ class Ticket:
         return ticket
 
 
+def _fit_images_(cfg: dict[str, Any], model: nn.Module, img_size: int | Sequence[int] | None) -> None:
+    """Bring what timm's description of the weights says of images and classes in line with the model, in place."""
+    classes = cfg['num_classes'] = getattr(model, 'num_classes', cfg.get('num_classes'))
+    if len(cfg.get('label_names', ())) != classes:
+        cfg.pop('label_names', None)
+    if 'input_size' in cfg:
+        chans, *size = cfg['input_size']
+        if img_size is not None:
+            size = [img_size, img_size] if isinstance(img_size, int) else list(img_size)
+        cfg['input_size'] = (getattr(model, 'in_chans', chans), *size)
+        for key in {'mean', 'std'} & cfg.keys():
+            if len(cfg[key]) != cfg['input_size'][0]:  # as timm's images of other channels: all alike
+                cfg[key] = (sum(cfg[key]) / len(cfg[key]),) * cfg['input_size'][0]
+
+
+def _function_args(model: Any) -> dict[str, Any]:
+    """The settings of a member of a space that change its function, where they are not those of a new one."""
+    settings, pool = dict(model._settings), model.global_pool.pool_type
+    if pool or not model.num_classes:  # what scores pixels has classes and no pooling, whatever it is made with
+        settings['global_pool'] = pool
+    known = inspect.signature(type(model).__init__).parameters
+    return {key: settings[key] for key in _FUNCTION_ARGS if key in settings and settings[key] != known[key].default}
+
+
 def locate(name: str | Path) -> Path:
     """Where a ticket lies.
 
@@ -431,10 +452,13 @@ def _zeroed(weights: Mapping[str, Tensor], mask: Mapping[str, Tensor]) -> dict[s
 
 def _plain(value: dict[str, Any]) -> dict[str, Any]:
     """As JSON would give it back, so that a ticket equals itself after a round trip."""
-    try:
-        plain: dict[str, Any] = json.loads(json.dumps(value, allow_nan=False, ensure_ascii=False).encode())
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f'ticket: facts and settings must be plain JSON values: {error}') from None
+    plain: dict[str, Any] = {}
+    for key, said in value.items():
+        try:
+            plain |= json.loads(json.dumps({key: said}, allow_nan=False, ensure_ascii=False).encode())
+        except (TypeError, ValueError, RecursionError) as error:
+            hint = "; timm takes layers by name too, as 'silu'" if isinstance(said, type) else ''
+            raise ValueError(f'ticket: facts and settings must be plain JSON values: {key!r}: {error}{hint}') from None
     return plain
 
 

@@ -323,3 +323,17 @@ def test_parameter_groups_follow_the_forward_pass(tiny):
     assert first['head.conv'] == first['stages.3.branches.0.0.conv_pwl']
     coarse = group_parameters(tiny, tiny.group_matcher(coarse=True), reverse=True)
     assert len(set(coarse.values())) == 1 + 4 + 1
+
+
+def test_a_dense_head_leaves_the_settings_of_the_net():
+    net = timm.create_model('supernet_hr_tiny', drop_rate=0.3)
+    net.requires_grad_(False)
+    net.conv2.requires_grad_(True)
+    net.set_grad_checkpointing()
+    dense = net.with_dense_head(3)
+    assert (dense.drop_rate, dense.stages[0].grad_checkpointing) == (0.3, True)
+    trained = {name for name, param in dense.named_parameters() if param.requires_grad}
+    assert trained == {name for name in trained if name.startswith(('conv2.', 'head.', 'classifier.'))}
+    assert {'conv2.weight', 'classifier.weight'} <= trained
+    dense.pretrained_cfg['num_classes'] = 3
+    assert net.pretrained_cfg['num_classes'] == 10

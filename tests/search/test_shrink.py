@@ -5,6 +5,8 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from timm.layers import convert_sync_batchnorm, freeze_batch_norm_2d
+from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import nn
 
@@ -170,6 +172,26 @@ def test_settings_and_modes_survive():
     assert sum(trained.values()) < len(trained)
 
 
+def test_what_was_done_to_norms_survives():
+    net = convert_sync_batchnorm(timm.create_model('supernet_mbv2_tiny').half())
+    net.bn1.float().eval()
+    net.blocks[0][0].bn3.eps, net.blocks[0][0].bn3.momentum = 0.1, 0.5
+    small = shrink(net, make_keep(net))
+    assert isinstance(small.bn1, nn.SyncBatchNorm)
+    assert not small.bn1.training
+    assert small.bn2.training
+    assert (small.bn1.weight.dtype, small.bn1.running_var.dtype) == (torch.float32, torch.float32)
+    assert (small.bn2.weight.dtype, small.conv_stem.weight.dtype) == (torch.float16, torch.float16)
+    assert (small.blocks[0][0].bn3.eps, small.blocks[0][0].bn3.momentum) == (0.1, 0.5)
+
+
+def test_norms_that_are_none_any_more_are_refused():
+    net = freeze_batch_norm_2d(make_net())
+    message = 'bn1 is FrozenBatchNormAct2d, where its space has BatchNormAct2d; change it after shrinking'
+    with pytest.raises(ValueError, match=f'^{re.escape(message)}$'):
+        shrink(net, make_keep(net))
+
+
 def test_a_classifier_that_was_reset_survives():
     net = make_net()
     net.reset_classifier(4, 'max')
@@ -307,6 +329,28 @@ def test_factored_moments_are_thinned_along_their_own_axes():
     optimizer.step()
 
 
+@pytest.mark.parametrize('name', ['lookahead_sgd', 'lookahead_adamw'])
+def test_an_optimizer_that_looks_ahead(name):
+    net = make_net()
+    optimizer = create_optimizer_v2(net, opt=name, lr=0.01, momentum=0.9)
+    for step in range(8):  # slow weights are kept every sixth
+        train_step(net, optimizer, step)
+    inner = optimizer._base_optimizer
+    old = {name: {k: v.clone() for k, v in inner.state[p].items()} for name, p in net.named_parameters()}
+    assert 'lookahead_slow_buff' in old['conv_head.weight']
+    keep = make_keep(net)
+    small = shrink(net, keep)
+    shrink_optimizer_(optimizer, net, small, net.channel_groups(), keep)
+    assert {id(p) for p in inner.state} == {id(p) for p in small.parameters()}
+    for name, param in small.named_parameters():
+        for key, value in inner.state[param].items():
+            assert torch.equal(
+                value, old[name][key] if key == 'step' else thinned(name, old[name][key], net.arch, keep)
+            )
+    optimizer.load_state_dict(optimizer.state_dict())
+    train_step(small, optimizer, 8)
+
+
 def test_optimizer_of_other_parameters_is_refused():
     net = make_net()
     foreign = nn.Parameter(torch.zeros(2, 3))
@@ -317,12 +361,15 @@ def test_optimizer_of_other_parameters_is_refused():
         shrink_optimizer_(optimizer, net, shrink(net, keep), net.channel_groups(), keep)
 
 
-def test_state_of_another_layout_is_refused():
+@pytest.mark.parametrize(
+    ('sketch', 'what'), [(torch.zeros(5, 5), 'has shape (5, 5)'), ([torch.zeros(5, 5)], 'is a list')]
+)
+def test_state_of_another_layout_is_refused(sketch, what):
     net = make_net()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    optimizer.state[net.conv_head.weight] = {'sketch': torch.zeros(5, 5)}
+    optimizer.state[net.conv_head.weight] = {'sketch': sketch}
     keep = make_keep(net)
-    message = "optimizer state 'sketch' of 'conv_head.weight' has shape (5, 5), cannot be thinned"
+    message = f"optimizer state 'sketch' of 'conv_head.weight' {what}, cannot be thinned"
     with pytest.raises(ValueError, match=f'^{re.escape(message)}$'):
         shrink_optimizer_(optimizer, net, shrink(net, keep), net.channel_groups(), keep)
 

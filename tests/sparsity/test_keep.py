@@ -343,3 +343,16 @@ def test_a_wrong_mask_is_refused_and_nothing_is_touched(mask, message):
     with pytest.raises(ValueError, match=message):
         keep_sparse(model, make('SGD', {}, model), Mask(mask))
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_frozen_weight_that_thaws_has_masked_gradients():
+    model = net()
+    mask = half(model)
+    model[0].weight.requires_grad_(False)
+    optimizer = make('SGD', {}, model)
+    keep_sparse(model, optimizer, mask)
+    assert not model[0].weight.requires_grad
+    model[0].weight.requires_grad_(True)
+    train(model, optimizer, 1)
+    assert (model[0].weight.grad != 0).any()
+    assert not (model[0].weight.grad[~mask['0.weight']] != 0).any()

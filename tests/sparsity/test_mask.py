@@ -383,3 +383,14 @@ def test_a_shuffled_mask_has_as_many_living_weights_elsewhere():
     assert torch.equal(again, shuffled['a'])
     assert not torch.equal(other, shuffled['a'])
     assert int(mask['a'].flatten()[:12].sum()) == 12  # the mask itself is as it was
+
+
+@pytest.mark.parametrize('call', ['zero_weights_', 'zero_grads_'])
+def test_a_wrapper_with_other_names_is_refused_and_nothing_is_touched(call):
+    model = net()
+    mask = prune(magnitude(model), 0.7)
+    before = copy.deepcopy(model.state_dict())
+    message = "mask names '0.weight', which DataParallel has not; it has module.0.weight, module.3.weight"
+    with pytest.raises(ValueError, match=message):
+        getattr(mask, call)(nn.DataParallel(model))
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())

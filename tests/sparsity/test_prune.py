@@ -419,14 +419,15 @@ def cut_weights(mask, groups):
         ('supernet_hr_tiny', 'global'),
         ('mobilenetv2_035', 'global'),
         ('mobilenetv3_small_050', 'global'),
+        ('tf_mobilenetv3_small_075', 'global'),
     ],
 )
 def test_no_living_weight_is_left_in_a_channel_that_is_cut(name, scope):
     torch.manual_seed(0)
     net = timm.create_model(name)
-    scores, groups = lamp(net), inverted_residual_groups(net) if name.startswith('mobile') else net.channel_groups()
-    if name.startswith('mobile'):
-        assert len(groups) == {'mobilenetv2_035': 16, 'mobilenetv3_small_050': 10}[name]
+    stock = {'mobilenetv2_035': 16, 'mobilenetv3_small_050': 10, 'tf_mobilenetv3_small_075': 10}
+    scores, groups = lamp(net), inverted_residual_groups(net) if name in stock else net.channel_groups()
+    assert len(groups) == stock.get(name, len(groups))
     alone = prune(scores, 0.95, scope=scope)
     assert cut_weights(alone, groups) > 100
     mask = prune(scores, 0.95, scope=scope, groups=groups)

@@ -1,6 +1,7 @@
 """What the spaces share: checks of an arch, timm's description of a model, and its construction."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def carry_over(model: nn.Module, small: nn.Module) -> None:
     """Give a rebuilt model what timm hangs on its models, and the training mode."""
     for name in ('pretrained_cfg', 'default_cfg', 'pretrained_model_args', '_traits', '_model_args'):
         if hasattr(model, name):
-            setattr(small, name, getattr(model, name))
+            setattr(small, name, copy(getattr(model, name)))
     small.train(model.training)
 
 

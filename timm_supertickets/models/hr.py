@@ -417,10 +417,13 @@ class MixedHRNet(nn.Module):
             self.arch.blocks[:trunk] + arch.blocks[trunk:],
             self.arch.tokens[:trunk] + arch.tokens[trunk:],
         )
-        net = MixedHRNet(arch, num_classes, self.in_chans, **self._settings, **get_device_dtype(self))
+        net = MixedHRNet(arch, num_classes, self.in_chans, self.drop_rate, **self._settings, **get_device_dtype(self))
         weights = {name: t for name, t in self.state_dict().items() if not name.startswith(('head.', 'classifier.'))}
         net.load_state_dict(weights, strict=False)
-        carry_over(self, net)
+        for name, param in self.named_parameters():
+            if name in weights:
+                net.get_parameter(name).requires_grad_(param.requires_grad)
+        self._hand_on(net)
         return net
 
     def rebuild(self, arch: Arch) -> 'MixedHRNet':
@@ -434,9 +437,12 @@ class MixedHRNet(nn.Module):
             **self._settings,
             **get_device_dtype(self),
         )
-        small.set_grad_checkpointing(any(getattr(stage, 'grad_checkpointing', False) for stage in self.stages))
-        carry_over(self, small)
+        self._hand_on(small)
         return small
+
+    def _hand_on(self, net: 'MixedHRNet') -> None:
+        net.set_grad_checkpointing(any(getattr(stage, 'grad_checkpointing', False) for stage in self.stages))
+        carry_over(self, net)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Groups of layers, for layer-wise learning rates."""

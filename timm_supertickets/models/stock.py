@@ -1,5 +1,6 @@
 """Stock: what is coupled in models of timm that are no space of ours."""
 
+from timm.layers import Conv2dSame
 from timm.models._efficientnet_blocks import InvertedResidual
 from torch import nn
 
@@ -15,11 +16,13 @@ def inverted_residual_groups(model: nn.Module) -> tuple[ChannelGroup, ...]:
     return tuple(
         _group(name, index, block)
         for index, (name, block) in enumerate(model.named_modules())
-        if isinstance(block, InvertedResidual) and type(block.conv_dw) is nn.Conv2d and _is_depthwise(block.conv_dw)
+        if isinstance(block, InvertedResidual) and _is_depthwise(block.conv_dw)
     )
 
 
-def _is_depthwise(conv: nn.Conv2d) -> bool:
+def _is_depthwise(conv: nn.Module) -> bool:
+    if type(conv) not in (nn.Conv2d, Conv2dSame):  # others mix kernels, or make their weight anew
+        return False
     return conv.groups == conv.in_channels == conv.out_channels
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Protocol, TypeVar, cast
 
 import torch
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -60,6 +61,8 @@ def gate_(model: nn.Module, keep: Keep) -> None:
 def shrink(model: ModelT, keep: Keep) -> ModelT:
     """A new net without the dying channels, with the weights and buffers of those that live on.
 
+    Modes, frozen parameters, dtypes and the settings of batch norms are kept, synchronised ones stay so.
+
     Args:
         model: A member of a space; left as it is.
         keep: Keep plan.
@@ -68,13 +71,27 @@ def shrink(model: ModelT, keep: Keep) -> ModelT:
         The smaller net. To rounding it computes what the model does once gated (`gate_`).
 
     Raises:
-        ValueError: The plan does not fit the model.
+        ValueError: The plan does not fit the model, or it has layers that its space has not.
     """
     space = searchable(model)
     groups = space.channel_groups()
     check_keep(groups, keep)
     small = space.rebuild(space.arch.shrunk(groups, keep))
-    small.load_state_dict(take(model.state_dict(), groups, keep), strict=True)
+    if any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
+        small = convert_sync_batchnorm(small)
+    layers = dict(model.named_modules())
+    for name, module in small.named_modules():
+        before = layers[name]
+        module.training = before.training
+        if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm):
+            if type(module) is not type(before):
+                kinds = f'{type(before).__name__}, where its space has {type(module).__name__}'
+                raise ValueError(f'{name} is {kinds}; change it after shrinking')
+            module.eps, module.momentum = before.eps, before.momentum
+    weights = take(model.state_dict(), groups, keep)
+    for name, tensor in small.state_dict(keep_vars=True).items():
+        tensor.data = tensor.data.to(weights[name].dtype)  # norms may be kept in another one
+    small.load_state_dict(weights, strict=True)
     trained = {name: param.requires_grad for name, param in model.named_parameters()}
     for name, param in small.named_parameters():
         param.requires_grad_(trained[name])
@@ -97,6 +114,7 @@ def shrink_optimizer_(
     Raises:
         ValueError: The optimizer has a parameter that is not the model's, or state of a layout that cannot be thinned.
     """
+    optimizer = getattr(optimizer, '_base_optimizer', optimizer)  # timm's Lookahead keeps all state there
     names = {id(param): name for name, param in model.named_parameters()}
     new = dict(small.named_parameters())
     state: dict[Tensor, dict[str, object]] = {}
@@ -124,6 +142,8 @@ def _taken_state(
 ) -> dict[str, object]:
     taken: dict[str, object] = {}
     for key, value in state.items():
+        if isinstance(value, list | tuple | dict) and value:
+            raise ValueError(f'optimizer state {key!r} of {name!r} is a {type(value).__name__}, cannot be thinned')
         if isinstance(value, Tensor) and value.ndim > 0 and value.numel() > 1:
             fits = value.ndim == param.ndim and all(v in (1, p) for v, p in zip(value.shape, param.shape, strict=True))
             if not fits:

@@ -67,10 +67,12 @@ def keep_sparse(model: nn.Module, optimizer: Optimizer, mask: Mask | None = None
         def hook(grad: Tensor) -> Tensor:
             return grad * held[name].to(grad.device)
 
-        handle: RemovableHandle = params[name].register_hook(hook)
+        trained = params[name].requires_grad
+        handle: RemovableHandle = params[name].requires_grad_(True).register_hook(hook)  # one now frozen may thaw
+        params[name].requires_grad_(trained)
         return handle
 
-    hooks = [mask_gradient(name) for name, param in params.items() if param.requires_grad]
+    hooks = [mask_gradient(name) for name in params]
     hooks.append(inner.register_step_post_hook(mask_weights))
     held.zero_weights_(model)
     held.zero_grads_(model)

@@ -1,7 +1,7 @@
 """Mask: which weights live, by parameter name, kept outside the model."""
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 
 import torch
@@ -125,30 +125,48 @@ class Mask(dict[str, Tensor]):
         Raises:
             ValueError: A name that is not there, another shape, or a tensor that is not of bools.
         """
+        for name, param in self._params(model).items():
+            alive = self[name]
+            if alive.dtype != torch.bool:
+                raise ValueError(f'mask of {name!r} must be torch.bool, got {alive.dtype}')
+            if alive.shape != param.shape:
+                raise ValueError(f'mask of {name!r} has shape {tuple(alive.shape)}, the parameter {tuple(param.shape)}')
+
+    def _params(self, model: nn.Module) -> dict[str, Tensor]:
+        """The masked parameters of a model, in the mask's order."""
         params = dict(model.named_parameters())
-        for name, alive in self.items():
+        for name in self:
             if name not in params:
                 near = ', '.join(list(prunable(model))[:3])
                 raise ValueError(f'mask names {name!r}, which {type(model).__name__} has not; it has {near}, ...')
-            if alive.dtype != torch.bool:
-                raise ValueError(f'mask of {name!r} must be torch.bool, got {alive.dtype}')
-            if alive.shape != params[name].shape:
-                raise ValueError(
-                    f'mask of {name!r} has shape {tuple(alive.shape)}, the parameter {tuple(params[name].shape)}'
-                )
+        return {name: params[name] for name in self}
 
     @torch.no_grad()
     def zero_weights_(self, model: nn.Module) -> None:
-        """Zero the dead weights, in place. In a loop: after the optimizer's step."""
-        _zero_(self, ((name, param.data) for name, param in model.named_parameters()))
+        """Zero the dead weights, in place. In a loop: after the optimizer's step.
+
+        Args:
+            model: The model itself, not a compiled or distributed wrapper, which gives its parameters other names.
+
+        Raises:
+            ValueError: It lacks a parameter that the mask names.
+        """
+        _zero_([(param.data, self[name]) for name, param in self._params(model).items()])
 
     @torch.no_grad()
     def zero_grads_(self, model: nn.Module) -> None:
-        """Zero the gradients of dead weights, in place. In a loop: before gradients are clipped."""
-        _zero_(self, ((name, param.grad) for name, param in model.named_parameters() if param.grad is not None))
+        """Zero the gradients of dead weights, in place. In a loop: before gradients are clipped.
+
+        Args:
+            model: As for `zero_weights_`; a weight without a gradient is left out.
+
+        Raises:
+            ValueError: It lacks a parameter that the mask names.
+        """
+        params = self._params(model).items()
+        _zero_([(param.grad, self[name]) for name, param in params if param.grad is not None])
 
 
-def _zero_(mask: Mask, tensors: Iterable[tuple[str, Tensor | None]]) -> None:
-    pairs = [(tensor, mask[name]) for name, tensor in tensors if name in mask and tensor is not None]
+def _zero_(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
     if pairs:
         torch._foreach_mul_([tensor for tensor, _ in pairs], [alive.to(tensor.device) for tensor, alive in pairs])
