@@ -17,7 +17,7 @@ from typing import Any
 import timm
 import torch
 import train
-from parts.cells import Cell, arguments, claim, markdown, run_cells, spread, where_and_when, write_results
+from parts.cells import Cell, arguments, at_least_one, claim, markdown, run_cells, spread, where_and_when, write_results
 from parts.config import CONFIGS, Setup, parse
 
 from timm_supertickets import prunable
@@ -97,6 +97,7 @@ class Config:
     results: str = 'recipes/results/compare_digits'
 
     def __post_init__(self) -> None:
+        at_least_one(self, 'seeds', 'jobs')
         unknown = [arm for arm in self.arms if arm not in ARMS]
         if unknown:
             raise ValueError(f'arms: {unknown[0]!r} is unknown; choose from {", ".join(ARMS)}')

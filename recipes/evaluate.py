@@ -56,6 +56,9 @@ def score(ticket: Ticket, config: Setup, accelerator: Accelerator) -> tuple[floa
     """
     in_chans, img_size, _ = ticket.pretrained_cfg['input_size']
     data = create_data(replace(config, in_chans=in_chans, img_size=img_size), accelerator, ticket.pretrained_cfg)
+    if ticket.pretrained_cfg['num_classes'] != data.num_classes:
+        known = ticket.pretrained_cfg['num_classes']
+        raise ValueError(f'dataset {config.dataset!r} has {data.num_classes} classes, the ticket knows {known}')
     labels = ticket.pretrained_cfg.get('label_names')
     if labels and data.labels and list(labels) != data.labels:
         raise ValueError(f'dataset {config.dataset!r} has the classes {data.labels}, the ticket knows {list(labels)}')

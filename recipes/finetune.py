@@ -20,7 +20,7 @@ from parts.state import State, find_checkpoint
 from parts.task import Task, find_task
 from timm.scheduler import CosineLRScheduler
 from torch import nn
-from train import Run, command, create_accelerator, measure, pruned, save_ticket, saved_if_stopped, start, train
+from train import Run, command, create_accelerator, measure, pruned, save_ticket, saved_if_stopped, start, train, tried
 
 from timm_supertickets import Mask, Ticket, prunable
 from timm_supertickets.hub import HUB, find_ticket
@@ -61,6 +61,8 @@ class Config(Setup):
         self.within(0, 1, 'sparsity', end=False)
         self.within(0, 1, 'distill')
         self.within(0, math.inf, 'temperature', start=False)
+        if self.teacher and self.task != 'classify':
+            raise ValueError(f'teacher={self.teacher} has scores of classes; task {self.task!r} has no use for it')
         if not self.ticket:
             raise ValueError(
                 f'ticket is missing; give ticket=FOLDER, such as train.py writes, or ticket={HUB}OWNER/NAME'
@@ -68,13 +70,9 @@ class Config(Setup):
 
 
 def main(argv: list[str]) -> None:
-    """Prune once if asked to; train with the mask held while the learning rate falls to zero; save."""
+    """Train with the mask held while the learning rate falls to zero; save; show what the net says."""
     config = parse(argv, Config, 'finetune_digits.yaml', 'finetune.py')
     run, state = begin(config, 'finetune.py', argv)
-    if config.sparsity and not state.round and not state.step:
-        state.mask = pruned(config, state, config.sparsity)
-        state.zero_dead_weights_()
-
     rate = falling(config, state)
     with saved_if_stopped(run, state):
         while state.round < config.rounds:
@@ -92,6 +90,8 @@ def main(argv: list[str]) -> None:
 
 def begin(config: Config, recipe: str, argv: list[str]) -> tuple[Run, State]:
     """A ticket, the images it goes to, and its net and optimizer, as they are at first or as a checkpoint has them.
+
+    At first it is pruned once, if asked to.
 
     Args:
         config: What is to be done.
@@ -114,6 +114,9 @@ def begin(config: Config, recipe: str, argv: list[str]) -> tuple[Run, State]:
     state.zero_dead_weights_()
     if path := find_checkpoint(config.resume, report.output, accelerator):
         report.resume(state.load(accelerator, path), state.round * config.round_steps + state.step)
+    elif config.sparsity:
+        state.mask = pruned(config, state, config.sparsity)
+        state.zero_dead_weights_()
     return run, state
 
 
@@ -121,7 +124,7 @@ def falling(config: Setup, state: State) -> CosineLRScheduler:
     """A learning rate that rises if it is to, and falls to zero until the last step."""
     return CosineLRScheduler(
         state.optimizer,
-        max(1, config.steps),
+        max(1, config.steps - config.warmup_steps),
         warmup_t=config.warmup_steps,
         warmup_prefix=True,
         t_in_epochs=False,
@@ -162,7 +165,7 @@ def draw_predictions(run: Run, state: State, path: Path) -> None:
 def create_net(config: Config, ticket: Ticket, task: Task, data: Data) -> nn.Module:
     """A net for the task, made of the ticket's model."""
     torch.manual_seed(config.seed)
-    size = {'img_size': config.img_size} if ticket.pretrained_cfg.get('fixed_input_size') else {}
+    size = {'img_size': data.input_size[1:]} if ticket.pretrained_cfg.get('fixed_input_size') else {}
 
     def make(**kwargs: Any) -> nn.Module:
         args = {'in_chans': config.in_chans, **size, **kwargs}
@@ -171,7 +174,7 @@ def create_net(config: Config, ticket: Ticket, task: Task, data: Data) -> nn.Mod
         model: nn.Module = timm.create_model(ticket.architecture, **{**ticket.model_args, **args})
         return model
 
-    net = task.create_net(make, data)
+    net = tried(task, make, data, f'ticket={config.ticket}')
     if config.tune == 'head':
         freeze_(net, ticket)
     return net

@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import ProjectConfiguration, set_seed
 from parts import plan
-from parts.backbone import searched_macs, ticket_part
+from parts.backbone import is_searchable, searched_macs, ticket_part
 from parts.config import Config, Setup, parse
 from parts.data import Data, batches
 from parts.pictures import draw_pictures
@@ -168,7 +168,12 @@ def saved_if_stopped(run: Run, state: State) -> Iterator[None]:
 
 def command(recipe: str, argv: list[str], accelerator: Accelerator) -> str:
     """What to type to do it again, on one machine; where things lie is no part of what was done."""
-    said = [arg for arg in argv if arg.lstrip('-').partition('=')[0] not in HERE]
+    apart = [f'--{key}' for key in HERE]  # in two words
+    said = [
+        arg
+        for before, arg in zip(['', *argv], argv, strict=False)
+        if arg.lstrip('-').partition('=')[0] not in HERE and before not in apart
+    ]
     launch = 'accelerate launch'
     if accelerator.num_processes > 1:
         here = 'ACCELERATE_USE_CPU=true ' if accelerator.device.type == 'cpu' else ''
@@ -210,7 +215,6 @@ def create_net(config: Config, task: Task, data: Data) -> nn.Module:
         ValueError: It cannot be made, it does not take images of this size, or it has nothing to prune.
     """
     torch.manual_seed(config.seed)
-    what = f'model={config.model} with model_args={config.model_args}, pretrained={config.pretrained} cannot be made'
 
     def make(**kwargs: Any) -> nn.Module:
         model: nn.Module = timm.create_model(
@@ -222,14 +226,33 @@ def create_net(config: Config, task: Task, data: Data) -> nn.Module:
         )
         return model
 
+    what = f'model={config.model}'
+    net = tried(task, make, data, what, f' with model_args={config.model_args}, pretrained={config.pretrained}')
+    if not prunable(net):
+        raise ValueError(f'{what} has no weight that can be pruned')
+    return net
+
+
+def tried(task: Task, make: Callable[..., nn.Module], data: Data, what: str, made_with: str = '') -> nn.Module:
+    """A task's net around a model, tried on one input.
+
+    Args:
+        task: The task.
+        make: Makes the model.
+        data: Its images.
+        what: What to call the model when something is wrong.
+        made_with: What else to say of it when it cannot be made.
+
+    Raises:
+        ValueError: It cannot be made, or it does not take images of this size.
+    """
+    said = f'{what}{made_with} cannot be made'
     try:
         net = task.create_net(make, data)
-        what = f'model={config.model} does not take images of {data.input_size[1]}x{data.input_size[2]}'
+        said = f'{what} does not take images of {data.input_size[1]}x{data.input_size[2]}'
         model_cost(net, data.input_size)
     except Exception as error:  # what timm, a model or the Hub make of bad arguments is up to them
-        raise ValueError(f'{what}: {" ".join(str(error).split())}') from error
-    if not prunable(net):
-        raise ValueError(f'model={config.model} has no weight that can be pruned')
+        raise ValueError(f'{said}: {" ".join(str(error).split())}') from error
     return net
 
 
@@ -237,18 +260,20 @@ def chosen_search(config: Config, net: nn.Module) -> Literal['budget', 'threshol
     """How channels are chosen, decided for this model.
 
     Raises:
-        ValueError: A search is asked for, and the model has no channel groups.
+        ValueError: A search is asked for, and the model has no channels to search, or no event falls into its time.
     """
-    has_channels = hasattr(net, 'channel_groups')
-    if config.search == 'auto':
-        return 'budget' if has_channels else 'none'
-    if config.search != 'none' and not has_channels:
+    has_channels = is_searchable(net)
+    search = config.search if config.search != 'auto' else 'budget' if has_channels else 'none'
+    if search != 'none' and not has_channels:
         choices = ', '.join(timm.list_models('supernet_*'))
         raise ValueError(
             f'search={config.search}: model={config.model} has no channels to search; give search=none, or one of '
             f'{choices}'
         )
-    return config.search
+    if search != 'none' and not plan.last_choice(config):
+        share = f'search_until={config.search_until:g} of rounds={config.rounds}'
+        raise ValueError(f'search={search}, but no event falls within {share}: give more rounds=, or search=none')
+    return search
 
 
 def start(config: Setup, net: nn.Module, mask: Mask) -> State:
@@ -330,6 +355,8 @@ def train(
             state.ema.update(net, step=step + 1)
         state.step += 1
         run.report.step(text, state.total)
+    if steps:
+        rate.step_update(first + steps - 1)  # who goes on from a stop behind the last step has none of these steps
     state.step = 0
     for trained in (net, state.best):
         average_buffers_(accelerator, trained)
@@ -387,9 +414,9 @@ def reactivated(config: Config, state: State, share: float) -> Mask:
     return regrow(state.mask, SCORES[config.score](state.net), state.gradients, share, channel_groups(state.net))
 
 
-def channel_groups(net: nn.Module) -> tuple[ChannelGroup, ...]:
+def channel_groups(net: Any) -> tuple[ChannelGroup, ...]:
     """What lives or dies whole: the channels of a member of a space, or of inverted residuals."""
-    return searchable(net).channel_groups() if hasattr(net, 'channel_groups') else inverted_residual_groups(net)
+    return net.channel_groups() if hasattr(net, 'channel_groups') else inverted_residual_groups(net)
 
 
 def draw(run: Run, trunk: State, target: float, steps: int) -> None:

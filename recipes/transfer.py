@@ -15,7 +15,7 @@ from typing import Any
 
 import finetune
 import train
-from parts.cells import Cell, arguments, claim, markdown, run_cells, spread, where_and_when, write_results
+from parts.cells import Cell, arguments, at_least_one, claim, markdown, run_cells, spread, where_and_when, write_results
 from parts.config import CONFIGS, parse
 from parts.task import TASKS
 
@@ -54,6 +54,7 @@ class Config:
     results: str = 'recipes/results/transfer_scenes'
 
     def __post_init__(self) -> None:
+        at_least_one(self, 'seeds', 'jobs')
         for name, files in (('draw', self.draw), ('use', self.use)):
             unknown = [task for task in files if task not in RECIPES]
             if unknown or not files:

@@ -343,7 +343,7 @@ def test_settings_that_change_the_function_travel_with_the_ticket(tmp_path):
 @pytest.mark.parametrize('kwargs', [{}, {'head': 'dense'}])
 def test_settings_of_a_new_model_are_not_written_down(kwargs):
     model = timm.create_model('supernet_hr_tiny' if kwargs else 'supernet_mbv2_tiny', **kwargs)
-    assert set(Ticket.draw(model, {}).model_args) == {'arch'}
+    assert set(Ticket.draw(copy.deepcopy(model), {}).model_args) == {'arch'}
 
 
 @pytest.mark.parametrize('pool', ['max', 'catavgmax'])

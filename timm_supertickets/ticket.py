@@ -4,7 +4,7 @@ import base64
 import hashlib
 import inspect
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -120,7 +120,7 @@ class Ticket:
         source = {**getattr(model, 'pretrained_cfg', {}), 'tag': None, 'description': None, **(data_config or {})}
         cfg = {key: source[key] for key in CFG_KEYS if source.get(key) is not None}
         made_with = getattr(model, '_model_args', {})
-        _fit_images_(cfg, model, made_with.get('img_size'))
+        _fit_images_(cfg, model, made_with.get('img_size'), data_config or {})
         arch = getattr(model, 'arch', None)
         if isinstance(arch, Arch):
             name, args = f'superticket_{arch.space}', {'arch': arch.to_json(), **_function_args(model)}
@@ -284,19 +284,27 @@ class Ticket:
         return ticket
 
 
-def _fit_images_(cfg: dict[str, Any], model: nn.Module, img_size: int | Sequence[int] | None) -> None:
-    """Bring what timm's description of the weights says of images and classes in line with the model, in place."""
+def _fit_images_(cfg: dict[str, Any], model: nn.Module, img_size: Any, given: Mapping[str, Any]) -> None:
+    """Let timm's description of the weights say of images and classes what is true of the model, in place.
+
+    Args:
+        cfg: The description.
+        model: The model.
+        img_size: That it was made for, if it was made for one.
+        given: What stays as it is, but for numbers of channels and classes.
+    """
     classes = cfg['num_classes'] = getattr(model, 'num_classes', cfg.get('num_classes'))
-    if len(cfg.get('label_names', ())) != classes:
+    if 'label_names' not in given and len(cfg.get('label_names', ())) != classes:
         cfg.pop('label_names', None)
     if 'input_size' in cfg:
         chans, *size = cfg['input_size']
-        if img_size is not None:
+        if img_size is not None and 'input_size' not in given:
             size = [img_size, img_size] if isinstance(img_size, int) else list(img_size)
-        cfg['input_size'] = (getattr(model, 'in_chans', chans), *size)
-        for key in {'mean', 'std'} & cfg.keys():
-            if len(cfg[key]) != cfg['input_size'][0]:  # as timm's images of other channels: all alike
-                cfg[key] = (sum(cfg[key]) / len(cfg[key]),) * cfg['input_size'][0]
+        chans = getattr(model, 'in_chans', chans)
+        cfg['input_size'] = (chans, *size)
+        for key in {'mean', 'std'} & cfg.keys() - given.keys():
+            if len(cfg[key]) != chans:  # as timm's weights for other channels are: all alike
+                cfg[key] = (sum(cfg[key]) / len(cfg[key]),) * chans
 
 
 def _function_args(model: Any) -> dict[str, Any]:
@@ -304,8 +312,9 @@ def _function_args(model: Any) -> dict[str, Any]:
     settings, pool = dict(model._settings), model.global_pool.pool_type
     if pool or not model.num_classes:  # what scores pixels has classes and no pooling, whatever it is made with
         settings['global_pool'] = pool
-    known = inspect.signature(type(model).__init__).parameters
-    return {key: settings[key] for key in _FUNCTION_ARGS if key in settings and settings[key] != known[key].default}
+    new = {key: known.default for key, known in inspect.signature(type(model).__init__).parameters.items()}
+    # as they are written: a partial that was copied with its model equals none
+    return {key: settings[key] for key in _FUNCTION_ARGS if key in settings and repr(settings[key]) != repr(new[key])}
 
 
 def locate(name: str | Path) -> Path:

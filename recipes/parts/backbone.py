@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from timm_supertickets import Arch, Mask
 from timm_supertickets.channels import ChannelGroup
 from timm_supertickets.cost import Cost
+from timm_supertickets.models.stock import inverted_residual_groups
 from timm_supertickets.search.shrink import searchable
 
 PREFIX = 'backbone.'
@@ -67,7 +68,9 @@ class OnBackbone(nn.Module):
 
     def channel_groups(self) -> tuple[ChannelGroup, ...]:
         """The backbone's, by the names that their tensors have here."""
-        return tuple(_prefixed_group(group) for group in searchable(self.backbone).channel_groups())
+        backbone = self.backbone
+        groups = backbone.channel_groups() if is_searchable(backbone) else inverted_residual_groups(backbone)
+        return tuple(_prefixed_group(group) for group in groups)
 
     def rebuild(self, arch: Arch) -> 'OnBackbone':
         """The same head over another member of the backbone's space."""
@@ -75,6 +78,11 @@ class OnBackbone(nn.Module):
         small = copy.deepcopy(self, {id(backbone): None})  # but for the backbone
         small.backbone = searchable(backbone).rebuild(arch)
         return small
+
+
+def is_searchable(net: nn.Module) -> bool:
+    """Whether a net, or what it stands on, is a member of a space."""
+    return hasattr(net.backbone if isinstance(net, OnBackbone) else net, 'rebuild')
 
 
 def ticket_part(net: nn.Module, mask: Mapping[str, Tensor]) -> tuple[nn.Module, Mask]:

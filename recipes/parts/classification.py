@@ -26,6 +26,9 @@ FASHION_MNIST_LABELS = (
 )  # fmt: skip
 
 
+FOLDERS = ('', 'torch/image_folder', 'torch/folder')  # what timm calls a folder with a folder for every class
+
+
 class Pictures(Dataset[tuple[Any, int]]):
     """Grey images in memory, as PIL images.
 
@@ -103,12 +106,13 @@ def create_data(config: Setup, accelerator: Accelerator, known: Mapping[str, Any
         'std': std,
         'interpolation': 'bicubic',
         'num_workers': config.workers,
+        'persistent_workers': False,  # they would go on with the random numbers that they had
         'distributed': accelerator.num_processes > 1,
         'device': accelerator.device,
         'pin_memory': accelerator.device.type == 'cuda',
     }
-    return Data(
-        train=create_loader(
+    try:
+        training = create_loader(
             train,
             is_training=True,
             hflip=config.hflip,
@@ -118,7 +122,11 @@ def create_data(config: Setup, accelerator: Accelerator, known: Mapping[str, Any
             auto_augment=config.auto_augment,
             re_prob=config.reprob,
             **shared,
-        ),
+        )
+    except (AssertionError, ValueError) as error:  # of timm's parser
+        raise ValueError(f'auto_augment={config.auto_augment} is no augmentation of timm: {error}') from None
+    return Data(
+        train=training,
         val=create_loader(val, crop_pct=1.0, **shared),
         val_count=getattr(val.reader, 'num_samples', len(val)) if isinstance(val, IterableDataset) else len(val),
         labels=labels,
@@ -159,26 +167,74 @@ def _datasets(config: Setup) -> tuple[Any, Any, list[str]]:
                 'digits, fashion_mnist, hfds/NAME, hfids/NAME (data_dir is then their cache), torch/NAME'
             )
     root = None if name.startswith('hfds/') and config.dataset == 'fashion_mnist' else config.data_dir
-    try:
-        train, val = (
-            create_dataset(
-                name,
-                root=root,
-                split=split,
-                is_training=split == config.train_split,
-                batch_size=config.batch_size,
-                num_samples=samples,
-                input_img_mode=mode,
-                seed=config.seed,
-            )
-            for split, samples in ((config.train_split, config.train_samples), (config.val_split, config.val_samples))
+
+    def create(split: str, samples: int | None, **kwargs: Any) -> Any:
+        if name in FOLDERS:
+            _check_folder(Path(str(root)), split)
+        return create_dataset(
+            name,
+            root=root,
+            split=split,
+            is_training=split == config.train_split,
+            batch_size=config.batch_size,
+            num_samples=samples,
+            input_img_mode=mode,
+            seed=config.seed,
+            **kwargs,
         )
+
+    try:
+        columns = _columns(name.removeprefix('hfds/'), root, config.train_split) if name.startswith('hfds/') else {}
+        train = create(config.train_split, config.train_samples, **columns)
+        val = create(config.val_split, config.val_samples, **columns)
+        classes, others = _classes(train), _classes(val)
+        if name in FOLDERS and others != classes:  # which are numbered by the folders that are there
+            if unknown := sorted(others.keys() - classes.keys()):
+                split = f'{config.val_split!r} has classes that split {config.train_split!r} has not'
+                raise ValueError(f'split {split}: {", ".join(unknown[:3])}')
+            val = create_dataset('', root=root, split=config.val_split, class_map=classes, input_img_mode=mode)
     except (OSError, ValueError, RuntimeError, AssertionError, KeyError) as error:
         raise ValueError(
             f'dataset {config.dataset!r} with data_dir={config.data_dir} cannot be read: {_in_our_words(error)}'
         ) from None
-    classes: dict[str, int] = getattr(train.reader, 'class_to_idx', None) or {}
     return train, val, sorted(classes, key=lambda label: classes[label])
+
+
+def _check_folder(root: Path, split: str) -> None:
+    """Check that a split is a folder: timm takes the root for one that is not there, and all of one for a part of it.
+
+    Raises:
+        ValueError: It is none.
+    """
+    if root.is_dir() and not (root / split).is_dir():
+        there = ', '.join(sorted(path.name for path in root.iterdir() if path.is_dir())) or 'no folder'
+        raise ValueError(f'there is no folder {split!r} in it, but {there}; name two with train_split= and val_split=')
+
+
+def _classes(dataset: Any) -> dict[str, int]:
+    """The classes that a dataset of timm's or torchvision's names."""
+    return getattr(getattr(dataset, 'reader', dataset), 'class_to_idx', None) or {}
+
+
+def _columns(name: str, root: str | None, split: str) -> dict[str, str]:
+    """The columns of a dataset of `datasets`, where they are not called `image` and `label`.
+
+    Raises:
+        ValueError: It is not plain which they are.
+    """
+    import datasets
+
+    features = datasets.load_dataset(name, split=split, cache_dir=root).features
+    found = {}
+    wanted = (('input_key', 'image', datasets.Image), ('target_key', 'label', datasets.ClassLabel))
+    for key, usual, kind in wanted:
+        fitting = [column for column, feature in features.items() if isinstance(feature, kind)]
+        if usual not in features:
+            if len(fitting) != 1:
+                what = f'none of its columns {", ".join(features)} is called {usual!r}'
+                raise ValueError(f'{what}, and {len(fitting)} are of type {kind.__name__}')
+            found[key] = fitting[0]
+    return found
 
 
 def _chosen(config: Setup, train: Pictures, test: Pictures, labels: list[str]) -> tuple[Pictures, Pictures, list[str]]:

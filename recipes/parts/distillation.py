@@ -12,6 +12,7 @@ from parts.task import Task
 from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
+from timm_supertickets.cost import model_cost
 from timm_supertickets.hub import find_ticket
 
 
@@ -105,4 +106,10 @@ def find_teacher(name: str, data: Data) -> nn.Module:
         raise ValueError(f'teacher={name} knows {teacher.num_classes} classes, the images have {data.num_classes}')
     if len(teacher.pretrained_cfg['mean']) != data.input_size[0]:
         raise ValueError(f'teacher={name} takes other channels than the {data.input_size[0]} of the images')
-    return Renormalised(teacher, data.config['mean'], data.config['std'])
+    found = Renormalised(teacher, data.config['mean'], data.config['std'])
+    try:
+        model_cost(found, data.input_size)
+    except Exception as error:  # what a model makes of another size is up to it
+        size = f'{data.input_size[1]}x{data.input_size[2]}'
+        raise ValueError(f'teacher={name} does not take images of {size}: {" ".join(str(error).split())}') from error
+    return found

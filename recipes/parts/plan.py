@@ -17,7 +17,13 @@ def searching(config: Config, step: int) -> bool:
 
 def budget(config: Config, step: int) -> float:
     """Share of the supernet's MACs that the net may cost after the event at this step."""
-    return schedule.cubic(step, 0, config.search_until * config.steps, config.budget, initial=1.0)
+    return schedule.cubic(step, 0, last_choice(config), config.budget, initial=1.0)
+
+
+def last_choice(config: Config) -> int:
+    """The step of the last event at which channels die; 0 if there is none."""
+    every = config.search_every * config.round_steps
+    return int(config.search_until * config.steps) // every * every
 
 
 def penalty(config: Config, step: int) -> float:

@@ -1,6 +1,7 @@
 """Task: what a training loop does not know of itself: images, a net for them, a loss and a score."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from typing import Any, Protocol
 
 from accelerate import Accelerator
@@ -40,6 +41,9 @@ TASKS: dict[str, Callable[..., Task]] = {
 }
 
 
+CLASSIFY_ONLY = ('train_split', 'val_split', 'train_samples', 'val_samples', 'num_classes')
+
+
 def find_task(config: Setup) -> Task:
     """The task of a configuration.
 
@@ -49,6 +53,12 @@ def find_task(config: Setup) -> Task:
     if config.task not in TASKS:
         raise ValueError(f'task {config.task!r} is unknown; choose from {", ".join(TASKS)}')
     try:
-        return TASKS[config.task](config, **config.task_args)
+        task = TASKS[config.task](config, **config.task_args)
     except TypeError as error:
         raise ValueError(f'task_args={config.task_args} do not fit task {config.task!r}: {error}') from None
+    if config.task != 'classify':
+        for one in fields(Setup):
+            value = getattr(config, one.name)
+            if one.name in CLASSIFY_ONLY and value != one.default:
+                raise ValueError(f'{one.name}={value} is for task classify; task {config.task!r} has no use for it')
+    return task

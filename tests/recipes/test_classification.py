@@ -62,8 +62,9 @@ def test_digits_have_no_such_split(accelerator, split):
         create_data(Config(train_split=split), accelerator)
 
 
-def test_batches_depend_on_the_seed_alone(accelerator):
-    data = create_data(Config(img_size=8, scale=0.5, batch_size=16), accelerator)
+@pytest.mark.parametrize('workers', [0, 1])
+def test_batches_depend_on_the_seed_alone(accelerator, workers):
+    data = create_data(Config(img_size=8, scale=0.5, batch_size=16, workers=workers), accelerator)
     first, again, other = ([x.clone() for x, _ in batches(data.train, 3, seed)] for seed in (1, 1, 2))
     assert all((a == b).all() for a, b in zip(first, again, strict=True))
     assert not all((a == b).all() for a, b in zip(first, other, strict=True))
@@ -167,3 +168,71 @@ def test_damaged_idx_files_are_named(tmp_path, accelerator, damage):
         write_idx(tmp_path / 't10k-labels-idx1-ubyte', np.zeros(9))
     with pytest.raises(ValueError, match='10 images but 9 labels' if damage == 'labels' else 't10k-images-idx3-ubyte'):
         create_data(Config(dataset='fashion_mnist', data_dir=str(tmp_path), batch_size=4), accelerator)
+
+
+@pytest.mark.parametrize('split', ['test', 'val[:2]', 'valid'])
+def test_a_folder_without_a_split_is_refused(tmp_path, accelerator, split):
+    fake_folder(tmp_path, 'train', 6)
+    fake_folder(tmp_path, 'val', 3)
+    config = Config(dataset='folder', data_dir=str(tmp_path), batch_size=3, val_split=split)
+    with pytest.raises(ValueError, match=r"there is no folder '.*' in it, but train, val; name two with train_split="):
+        create_data(config, accelerator)
+    config.val_split = 'val'
+    assert create_data(config, accelerator).val_count == 6
+
+
+def test_classes_of_a_folder_are_numbered_as_those_of_the_training_split(tmp_path, accelerator):
+    fake_folder(tmp_path, 'train', 6)
+    fake_folder(tmp_path, 'test', 3)
+    for path in (tmp_path / 'test/ape').iterdir():
+        path.unlink()
+    (tmp_path / 'test/ape').rmdir()
+    config = Config(dataset='folder', data_dir=str(tmp_path), batch_size=3)
+    data = create_data(config, accelerator)
+    assert [label for _, batch in data.val for label in batch.tolist()] == [1, 1, 1]
+    (tmp_path / 'test/cow').mkdir()
+    (tmp_path / 'test/bee/0.png').rename(tmp_path / 'test/cow/0.png')
+    with pytest.raises(ValueError, match="split 'test' has classes that split 'train' has not: cow"):
+        create_data(config, accelerator)
+
+
+def test_torchvisions_datasets(tmp_path, accelerator):
+    fake_folder(tmp_path, 'train', 6)
+    fake_folder(tmp_path, 'test', 3)
+    data = create_data(Config(dataset='torch/image_folder', data_dir=str(tmp_path), batch_size=3), accelerator)
+    assert data.labels == ['ape', 'bee']
+    assert sorted(label for _, batch in data.val for label in batch.tolist()) == [0, 0, 0, 1, 1, 1]
+
+
+@pytest.mark.parametrize('names', [('img', 'fine'), ('image', 'labels')])
+def test_columns_are_found_by_their_type(tmp_path, accelerator, names):
+    import datasets
+
+    rows = {names[0]: [Image.new('RGB', (8, 8))] * 6, names[1]: [0, 1, 2] * 2, 'more': list(range(6))}
+    features = {names[0]: datasets.Image(), names[1]: datasets.ClassLabel(names=['a', 'b', 'c'])}
+    features = datasets.Features({**features, 'more': datasets.Value('int64')})
+    parquet = tmp_path / 'parquet'
+    parquet.mkdir()
+    for split in ('train', 'test'):
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(parquet / f'{split}-00000-of-00001.parquet')
+    config = Config(dataset=f'hfds/{parquet}', data_dir=str(tmp_path / 'cache'), batch_size=3)
+    data = create_data(config, accelerator)
+    assert data.labels == ['a', 'b', 'c']
+    assert [label for _, batch in data.val for label in batch.tolist()] == [0, 1, 2] * 2
+
+
+def test_columns_that_cannot_be_told_apart_are_named(tmp_path, accelerator):
+    import datasets
+
+    label = datasets.ClassLabel(names=['a'])
+    features = datasets.Features({'image': datasets.Image(), 'coarse': label, 'fine': label})
+    rows = {'image': [Image.new('RGB', (8, 8))], 'coarse': [0], 'fine': [0]}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / 'train-00000-of-00001.parquet')
+    says = "none of its columns image, coarse, fine is called 'label', and 2 are of type ClassLabel"
+    with pytest.raises(ValueError, match=says):
+        create_data(Config(dataset=f'hfds/{tmp_path}', data_dir=str(tmp_path / 'cache')), accelerator)
+
+
+def test_an_augmentation_that_timm_has_not_is_one_line(accelerator):
+    with pytest.raises(ValueError, match='auto_augment=nonsense is no augmentation of timm'):
+        create_data(Config(auto_augment='nonsense'), accelerator)

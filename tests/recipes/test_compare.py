@@ -12,7 +12,7 @@ from parts.config import parse
 from timm_supertickets import load_ticket
 
 CONFIG = ['--config', str(Path(__file__).parents[2] / 'recipes/configs/compare_smoke.yaml')]
-FEW = 'rounds=2,round_steps=2,cooldown_steps=2,batch_size=8,recalibrate=1'
+FEW = 'rounds=4,round_steps=1,cooldown_steps=2,batch_size=8,recalibrate=1'
 SHORT = [f'changes=[{FEW}]', 'targets=[0.8]', 'baseline=test_resnet']
 
 
@@ -154,6 +154,12 @@ def test_spread_and_differences_by_hand():
     assert compare.differ(rows, 'a', 'c', 0.9) == pytest.approx([40])
     assert spread([-1.0, 3.0]) == '1.00 ± 2.83'
     assert (spread([2.0]), spread([])) == ('2.00', '')
+
+
+@pytest.mark.parametrize('key', ['seeds', 'jobs'])
+def test_at_least_one_run(key):
+    with pytest.raises(ValueError, match=rf'{key} must be at least 1, got 0'):
+        parse([f'{key}=0'], compare.Config, 'compare_digits.yaml', 'compare.py')
 
 
 def test_unknown_arms_are_refused():

@@ -96,3 +96,8 @@ def test_a_teacher_that_cannot_teach_is_refused(tickets):
         find_teacher('nobody', data)
     with pytest.raises(ValueError, match='takes other channels than the 1 of the images'):
         find_teacher(str(tickets / '10'), SimpleNamespace(num_classes=10, input_size=(1, 32, 32), config={}))
+    vit = timm.create_model('vit_tiny_patch16_224', num_classes=10, img_size=32, depth=1)
+    Ticket.draw(vit, {}).save(tickets / 'vit')
+    about = {'mean': (0.5,) * 3, 'std': (0.5,) * 3}
+    with pytest.raises(ValueError, match=r'teacher=.*vit does not take images of 48x48: '):
+        find_teacher(str(tickets / 'vit'), SimpleNamespace(num_classes=10, input_size=(3, 48, 48), config=about))

@@ -370,6 +370,16 @@ def test_a_signal_stops_after_the_step_and_the_same_command_goes_on_from_there(
     assert summary(output) == summary(whole_random)
 
 
+def test_a_stop_behind_the_last_step_of_a_round_keeps_the_learning_rate(tmp_path, monkeypatch, capfd, as_program):
+    argv = [*QUICK, 'warmup_steps=2']
+    train.main([*argv, f'output={tmp_path / "whole"}'])
+    with signalled(monkeypatch, signal.SIGTERM, 3):
+        as_program([*argv, f'output={tmp_path / "run"}'], capfd)
+        program.received.clear()
+        train.main([*argv, f'output={tmp_path / "run"}'])
+    assert ticket_bytes(tmp_path / 'run') == ticket_bytes(tmp_path / 'whole')
+
+
 def summary(output):
     """The rows of a run without their times."""
     lines = (output / 'summary.csv').read_text().splitlines()

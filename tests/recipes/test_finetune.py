@@ -1,4 +1,5 @@
 import csv
+import math
 import os
 import subprocess
 import sys
@@ -10,11 +11,13 @@ import pytest
 import timm
 import torch
 import train
+from finetune import Config
 from matplotlib.figure import Figure
 from parts.classification import digits
 from PIL import Image
+from torch import nn
 
-from timm_supertickets import load_ticket, prunable
+from timm_supertickets import Mask, load_ticket, prunable
 from timm_supertickets.cost import model_cost
 
 ROOT = Path(__file__).parents[2]
@@ -226,6 +229,7 @@ def test_launched(sparse, tmp_path):
         (['ticket=nowhere'], 'nowhere does not exist'),
         (['ticket=nowhere', 'sparsity=1'], r'sparsity must be in \[0, 1\), got 1'),
         (['ticket=nowhere', 'mask=none'], 'mask'),
+        (['ticket=nowhere', 'task=segment', 'teacher=some'], "teacher=some .* task 'segment' has no use for it"),
     ],
 )
 def test_bad_input_is_one_clear_line_before_anything_is_written(tmp_path, args, says):
@@ -233,3 +237,17 @@ def test_bad_input_is_one_clear_line_before_anything_is_written(tmp_path, args, 
         finetune.main([*args, f'output={tmp_path / "run"}'])
     assert '\n' not in str(caught.value)
     assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize(('steps', 'warmup'), [(20, 0), (20, 10), (20, 19)])
+def test_the_learning_rate_falls_to_zero_until_the_last_step(steps, warmup):
+    net = nn.Linear(2, 2)
+    config = Config(ticket='none', rounds=2, round_steps=steps // 2, warmup_steps=warmup, lr=1.0)
+    state = train.start(config, net, Mask.dense(dict(net.named_parameters())))
+    rate, rates = finetune.falling(config, state), []
+    for step in range(steps):
+        rate.step_update(step)
+        rates.append(state.optimizer.param_groups[0]['lr'])
+    assert rates[:warmup] == pytest.approx([step / max(1, warmup) for step in range(warmup)])
+    left = steps - warmup
+    assert rates[warmup:] == pytest.approx([(1 + math.cos(math.pi * step / left)) / 2 for step in range(left)])

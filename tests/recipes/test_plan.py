@@ -80,3 +80,11 @@ def test_reactivation_ends():
     assert [plan.regrow_share(config, step) for step in (0, 40, 80, 100)] == pytest.approx([0.4, 0.2, 0, 0])
     assert [plan.reactivating(config, step) for step in (10, 70, 80, 100)] == [True, True, False, False]
     assert not plan.reactivating(Config(reactivation='none'), 40)
+
+
+def test_the_last_event_of_the_search_reaches_the_budget():
+    config = Config(rounds=4, round_steps=10, search_every=3, search_until=0.9, budget=0.4, search='budget')
+    assert [step for step in range(10, 41, 10) if plan.choosing(config, step)] == [30]
+    assert (plan.last_choice(config), plan.budget(config, 30)) == (30, 0.4)
+    assert plan.last_choice(Config(rounds=18, round_steps=440, search_until=0.39)) == 7 * 440
+    assert plan.last_choice(Config(rounds=1, round_steps=10, search_until=0.5)) == 0

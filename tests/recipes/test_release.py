@@ -3,11 +3,12 @@ import re
 import evaluate
 import pytest
 import release
+import timm
 import torch
 import train
 import yaml
 
-from timm_supertickets import load_ticket, verify_ticket
+from timm_supertickets import Ticket, load_ticket, verify_ticket
 from timm_supertickets.card import read_facts
 
 FEW = [
@@ -55,6 +56,14 @@ def test_its_card_gives_the_score_of_the_halved_values(released, capsys):
     card = (released / 'cards/superticket_mbv2_s50.st_few.md').read_text()
     assert card.count("timm.create_model('superticket_mbv2_s50.st_few', pretrained=True") == 3
     assert 'local-dir' not in card
+
+
+def test_a_ticket_without_a_classifier_is_not_scored(tmp_path):
+    net = timm.create_model('supernet_mbv2_tiny', num_classes=0, width=0.5)
+    about = {'input_size': (3, 32, 32), 'label_names': [str(digit) for digit in range(10)]}
+    Ticket.draw(net, {}, data_config=about).save(tmp_path / 'ticket')
+    with pytest.raises(ValueError, match="dataset 'digits' has 10 classes, the ticket knows 0"):
+        evaluate.main([f'ticket={tmp_path / "ticket"}', 'threads=1'])
 
 
 def test_evaluated_as_drawn_it_scores_what_the_run_said(released, capsys):

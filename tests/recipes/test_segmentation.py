@@ -90,6 +90,29 @@ def test_score_is_mean_iou_over_all_pixels_together(accelerator, tmp_path):
     assert ours.score(Echo(), data, accelerator) == pytest.approx(np.mean(ious), abs=1e-6)
 
 
+@pytest.mark.parametrize('batch_size', [1, 3])
+def test_a_score_does_not_depend_on_the_batch_size(accelerator, tmp_path, batch_size):
+    """Class 1 is what is brighter than the mean of its image, and padding would change the mean."""
+    for split in ('train', 'val'):
+        for i, size in enumerate([(8, 8), (8, 8), (24, 24)]):
+            image = np.full((*size, 3), 200, np.uint8)
+            image[:, : size[1] // 2] = 250
+            for kind, content in (('images', image), ('masks', (image[..., 0] > 225).astype(np.uint8))):
+                (tmp_path / kind / split).mkdir(parents=True, exist_ok=True)
+                Image.fromarray(content).save(tmp_path / kind / split / f'{i}.png')
+
+    class Above(nn.Module):
+        def forward(self, x):
+            over = x[:, :1] - x[:, :1].mean((2, 3), keepdim=True)
+            return torch.cat([-over, over], 1)
+
+    ours = task()
+    ours.config.dataset, ours.config.data_dir, ours.config.batch_size = 'masks', str(tmp_path), batch_size
+    data = ours.create_data(accelerator)
+    assert len(next(iter(data.train))[0]) == batch_size
+    assert ours.score(Above(), data, accelerator) == 1
+
+
 def test_a_class_that_is_nowhere_does_not_count(accelerator, scenes):
     ours = task()
     ours.config.dataset, ours.config.data_dir = 'cityscapes', str(scenes)
@@ -275,6 +298,9 @@ def test_bad_settings_are_one_clear_line(changes, says):
     [
         (['dataset=digits'], "dataset 'digits' cannot be segmented; choose from scenes, cityscapes"),
         (['dataset=ade20k'], "dataset 'ade20k' needs data_dir=FOLDER"),
+        (['dataset=scenes', 'in_chans=1'], "in_chans must be 3 for task 'segment', got 1"),
+        (['num_classes=3'], "num_classes=3 is for task classify; task 'segment' has no use for it"),
+        (['train_split=train[:9]'], r'train_split=train\[:9\] is for task classify'),
         (['task=paint'], "task 'paint' is unknown; choose from classify, segment"),
         (['task_args={ohm: 0.7}'], r"task_args=\{'ohm': 0.7\} do not fit task 'segment': .*'ohm'"),
     ],
@@ -282,3 +308,31 @@ def test_bad_settings_are_one_clear_line(changes, says):
 def test_bad_input_is_one_clear_line(tmp_path, args, says):
     with pytest.raises(ValueError, match=says):
         train.main([*FEW, f'output={tmp_path / "run"}', *args])
+
+
+@pytest.mark.parametrize('model', ['mobilenetv2_035', 'test_resnet'])
+def test_any_model_of_timm_is_pruned_without_search(scenes, tmp_path, model):
+    train.main([*FEW, f'model={model}', f'data_dir={scenes}', f'output={tmp_path / "run"}'])
+    ticket = load_ticket(tmp_path / f'run/{model}_s60')
+    assert ticket.architecture == model
+    assert ticket.sparsity == pytest.approx(0.6, abs=1e-4)
+    assert 'search: none' in (tmp_path / 'run/config.yaml').read_text()
+    with pytest.raises(ValueError, match=f'search=budget: model={model} has no channels to search'):
+        train.main([*FEW, 'search=budget', f'model={model}', f'data_dir={scenes}', f'output={tmp_path / "again"}'])
+
+
+def test_a_ticket_is_pruned_at_once_if_asked(scenes, tmp_path):
+    few = [arg for arg in FEW if arg.split('=')[0] not in ('cooldown_steps', 'targets', 'search_until')]
+    more = ['ticket=superticket_mbv2_s80', 'sparsity=0.95', f'data_dir={scenes}', f'output={tmp_path / "run"}']
+    segment.main([*few, *more])
+    ticket = load_ticket(tmp_path / 'run/superticket_mbv2_s95')
+    assert ticket.sparsity == pytest.approx(0.95, abs=1e-4)
+    before = load_ticket('superticket_mbv2_s80').mask
+    assert all(bool((before[name] | ~alive).all()) for name, alive in ticket.mask.items())
+
+
+def test_a_head_that_cannot_be_made_is_one_line(scenes, tmp_path):
+    few = [arg for arg in FEW if arg.split('=')[0] not in ('cooldown_steps', 'targets', 'search_until')]
+    more = ['ticket=superticket_mbv2_s80', 'task_args={width: 0}', f'data_dir={scenes}', f'output={tmp_path / "run"}']
+    with pytest.raises(ValueError, match='ticket=superticket_mbv2_s80 cannot be made: '):
+        segment.main([*few, *more])

@@ -579,6 +579,12 @@ def test_the_command_in_the_facts_can_be_typed_into_a_shell():
     ]  # fmt: skip
 
 
+def test_the_command_in_the_facts_is_of_no_place():
+    argv = ['--output', 'here', '--lr', '0.1', '--data_dir=there', 'resume=never', '--tracker', 'none', 'seed=1']
+    said = train.command('train.py', argv, Accelerator())
+    assert said == 'accelerate launch recipes/train.py --lr 0.1 seed=1'
+
+
 def test_a_run_that_knew_fewer_keys_goes_on(smoke, tmp_path, monkeypatch):
     output = tmp_path / 'run'
     shutil.copytree(smoke[0], output)

@@ -140,6 +140,10 @@ def test_images_are_normalised_as_the_pretrained_weights_had_them():
         (['search=budget'], r'search=budget: model=test_resnet has no channels to search; give search=none, or one of '
                             r'.*supernet_mbv2_tiny'),
         (['search=threshold'], 'search=threshold: model=test_resnet has no channels to search'),
+        (
+            ['model=supernet_mbv2_tiny', 'rounds=1'],
+            'search=budget, but no event falls within search_until=0.5 of rounds=1: give more rounds=, or search=none',
+        ),
         (['model=nope'], r'model=nope with .* cannot be made: Unknown model \(nope\)'),
         (['model_args={widht: 2}'], "model=test_resnet with model_args={'widht': 2}.* cannot be made: .*widht"),
         (['model=supernet_mbv2_tiny', 'pretrained=true'], 'pretrained=True cannot be made: No pretrained weights'),

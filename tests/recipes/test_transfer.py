@@ -94,6 +94,7 @@ def test_a_table_goes_on_with_other_tasks_but_not_with_the_same_by_another_confi
         ),
         (['use={}'], r'use must have tasks'),
         (['dense=[sort]'], r"dense: 'sort' is unknown; choose from classify, segment, keypoints, detect"),
+        (['jobs=0'], 'jobs must be at least 1, got 0'),
         (['sparsity=1.0'], r'sparsity must be in \(0, 1\), got 1'),
     ],
 )
