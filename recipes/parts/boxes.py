@@ -24,14 +24,13 @@ class Boxes(Dataset[tuple[Tensor, Target]]):
 
     A target has `boxes` (float `(n, 4)`, x1 y1 x2 y2, cut at the image's edge), `labels` (long `(n,)`, from 1 on, since
     torchvision's detectors take 0 for the background), `image_id` (long, a scalar), `area` (float `(n,)`, as annotated)
-    and `iscrowd` (long `(n,)`).
+    and `iscrowd` (long `(n,)`). Empty boxes are left out.
 
     Args:
         images: Folder of the images.
         annotations: The json file.
         crowds: Keep crowds: scoring needs them, training does not.
         skip_empty: Leave images without boxes out.
-        drop_empty: Leave annotations with empty boxes out instead of refusing them; COCO's train2017 has two.
         transform: Of torchvision's v2, for an image and its target together; by default `scoring()`.
         check: Also look at every image's size.
 
@@ -46,11 +45,10 @@ class Boxes(Dataset[tuple[Tensor, Target]]):
         *,
         crowds: bool = False,
         skip_empty: bool = False,
-        drop_empty: bool = False,
         transform: Any = None,
         check: bool = True,
     ) -> None:
-        self.coco = read_coco(images, annotations, drop_empty=drop_empty, check=check)
+        self.coco = read_coco(images, annotations, check=check)
         self.labels = self.coco.labels
         self.category_ids = [category['id'] for category in self.coco.categories]  # of label 1, 2, ...
         self.transform = transform or scoring()
@@ -68,7 +66,11 @@ class Boxes(Dataset[tuple[Tensor, Target]]):
         return len(self._items)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Target]:
-        """An image, float `(3, H, W)` in [0, 1] by default, and its target."""
+        """An image, float `(3, H, W)` in [0, 1] by default, and its target.
+
+        Raises:
+            ValueError: The image cannot be read.
+        """
         image, found = self._items[index]
         size = (image['height'], image['width'])
         boxes = torch.tensor([one['bbox'] for one in found], dtype=torch.float32).reshape(-1, 4)

@@ -1,22 +1,38 @@
 """Coco: images and annotations of COCO's json files, detection's and those of person keypoints alike."""
 
 import json
+import reprlib
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
 
 from accelerate import Accelerator
 from parts.config import Setup
 from parts.faults import refuse
+from parts.pixels import UNREADABLE
 from parts.scenes import write_scenes
 from PIL import Image
 
 FIELDS = {
-    'images': ('id', 'file_name', 'width', 'height'),
-    'annotations': ('id', 'image_id', 'category_id', 'bbox', 'area', 'iscrowd'),
-    'categories': ('id', 'name'),
+    'images': {'id': 'an integer', 'file_name': 'text', 'width': 'a number', 'height': 'a number'},
+    'annotations': {
+        'id': 'an integer', 'image_id': 'an integer', 'category_id': 'an integer', 'bbox': 'four numbers',
+        'area': 'a number', 'iscrowd': 'an integer',
+    },
+    'categories': {'id': 'an integer', 'name': 'text'},
+}  # fmt: skip
+POINT_FIELDS = {'keypoints': 'a list of numbers', 'num_keypoints': 'an integer'}  # COCO's evaluator reads both
+KINDS: dict[str, Callable[[Any], bool]] = {
+    'an integer': lambda value: isinstance(value, int),
+    'a number': lambda value: isinstance(value, int | float) and isfinite(value),
+    'text': lambda value: isinstance(value, str),
+    'a list of numbers': lambda value: isinstance(value, list) and all(map(KINDS['a number'], value)),
+    'four numbers': lambda value: KINDS['a list of numbers'](value) and len(value) == 4,
 }
+THINNEST = 2**-20  # of an image's longer side: float32 tells such a box's edges apart, wherever it is moved to
 SCENES = 'output/scenes/coco'  # where the embedded default is written
 VISIBILITIES = (0, 1, 2)  # of a key point: none, hidden, seen
 
@@ -45,8 +61,16 @@ class Coco:
         return [category['name'] for category in self.categories]
 
     def open(self, image: dict[str, Any]) -> Image.Image:
-        """An image, decoded."""
-        return Image.open(self.folder / image['file_name']).convert('RGB')
+        """An image, decoded.
+
+        Raises:
+            ValueError: It cannot be read.
+        """
+        file = self.folder / image['file_name']
+        try:
+            return Image.open(file).convert('RGB')
+        except UNREADABLE as error:
+            raise ValueError(f'{file} cannot be read: {" ".join(str(error).split())}') from None
 
 
 def coco_folder(config: Setup, accelerator: Accelerator) -> str:
@@ -89,13 +113,15 @@ def coco_paths(
     return images, path
 
 
-def read_coco(folder: str | Path, path: str | Path, *, drop_empty: bool = False, check: bool = True) -> Coco:
+def read_coco(folder: str | Path, path: str | Path, *, points: bool = False, check: bool = True) -> Coco:
     """Read a json file in COCO's format, and check that training on it can work.
+
+    Annotations with empty boxes are left out; COCO's train2017 has two.
 
     Args:
         folder: Where its images lie.
         path: The json file.
-        drop_empty: Leave annotations with empty boxes out instead of refusing them; COCO's train2017 has two.
+        points: Every annotation must also have the fields of key points.
         check: Also look at every image's size.
 
     Raises:
@@ -106,9 +132,9 @@ def read_coco(folder: str | Path, path: str | Path, *, drop_empty: bool = False,
         content = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise ValueError(f'{path} is not readable as JSON: {error}') from None
-    refuse(path, _lacking(content))
+    refuse(path, _malformed(content, points))
     images, annotations, categories = (content[part] for part in FIELDS)
-    refuse(path, _faults(folder, images, annotations, categories, drop_empty, check))
+    refuse(path, _faults(folder, images, annotations, categories, check))
     grouped: dict[int, list[dict[str, Any]]] = {image['id']: [] for image in images}
     sizes = {image['id']: (image['width'], image['height']) for image in images}
     for one in annotations:
@@ -118,29 +144,34 @@ def read_coco(folder: str | Path, path: str | Path, *, drop_empty: bool = False,
 
 
 def is_empty(box: list[float], width: int, height: int) -> bool:
-    """Whether nothing of COCO's `[x, y, width, height]` lies inside an image of this size."""
-    if len(box) != 4:
-        return True
+    """Whether nothing of COCO's `[x, y, width, height]`, or a line at most, lies inside an image of this size."""
     x, y, w, h = box
-    return not (w > 0 and h > 0 and x < width and y < height and x + w > 0 and y + h > 0)
+    sides = min(x + w, width) - max(x, 0), min(y + h, height) - max(y, 0)
+    return min(sides) <= THINNEST * max(width, height)
 
 
-def _lacking(content: Any) -> dict[str, list[str]]:
-    """Parts of COCO's format that are not there."""
+def _malformed(content: Any, points: bool) -> dict[str, list[str]]:
+    """Parts of COCO's format that are not there, or are something else."""
     faults = defaultdict(list)
     for part, fields in FIELDS.items():
         entries = content.get(part) if isinstance(content, dict) else None
         if not isinstance(entries, list):
             faults["lists of COCO's format missing"].append(part)
             continue
+        kinds = fields | POINT_FIELDS if points and part == 'annotations' else fields
         for number, entry in enumerate(entries):
-            if lacking := [field for field in fields if field not in entry]:
+            has = entry if isinstance(entry, dict) else {}
+            if lacking := [field for field in kinds if field not in has]:
                 faults['entries that lack fields'].append(f'{part}[{number}]: {" and ".join(lacking)}')
+            for field, kind in kinds.items():
+                if field in has and not KINDS[kind](has[field]):
+                    said = f'{part}[{number}]: {field} {reprlib.repr(has[field])} is not {kind}'
+                    faults["values of another kind than COCO's"].append(said)
     return faults
 
 
 def _faults(
-    folder: Path, images: list[Any], annotations: list[Any], categories: list[Any], drop_empty: bool, check: bool
+    folder: Path, images: list[Any], annotations: list[Any], categories: list[Any], check: bool
 ) -> dict[str, list[str]]:
     faults = defaultdict(list)
     for image in images:
@@ -151,26 +182,24 @@ def _faults(
             try:
                 with Image.open(file) as opened:
                     size = opened.size
-            except (OSError, ValueError, SyntaxError) as error:  # what PIL makes of broken files
+            except UNREADABLE as error:
                 faults['images that cannot be read'].append(f'{file}: {" ".join(str(error).split())}')
                 continue
             if size != (image['width'], image['height']):
                 said = f'{image["width"]}x{image["height"]}'
                 faults['images of another size than it says'].append(f'{file}: {size[0]}x{size[1]}, not {said}')
-    sizes = {image['id']: (image['width'], image['height']) for image in images}
-    points = {category['id']: 3 * len(category.get('keypoints', ())) for category in categories}
+    listed = {image['id'] for image in images}
+    points = {category['id']: 3 * len(category.get('keypoints') or ()) for category in categories}
     for one in annotations:
         name = f'annotation {one["id"]}'
         if one['category_id'] not in points:
             faults[f'labels outside of the {len(points)} categories'].append(f'{name}: {one["category_id"]}')
         elif 'keypoints' in one and not _are_points(one['keypoints'], points[one['category_id']]):
             faults['keypoints that are not x, y, 0 to 2 for each of the names'].append(name)
-        if one['image_id'] not in sizes:
+        if one['image_id'] not in listed:
             faults['annotations of an image that is not listed'].append(f'{name}: {one["image_id"]}')
-        elif not drop_empty and is_empty(one['bbox'], *sizes[one['image_id']]):
-            faults['empty boxes'].append(f'{name}: {one["bbox"]}')
     return faults
 
 
-def _are_points(values: list[float], count: int) -> bool:
-    return len(values) == count and all(v in VISIBILITIES for v in values[2::3])
+def _are_points(values: Any, count: int) -> bool:
+    return KINDS['a list of numbers'](values) and len(values) == count and all(v in VISIBILITIES for v in values[2::3])

@@ -54,7 +54,14 @@ def normalization(in_chans: int, known: Mapping[str, Any]) -> tuple[tuple[float,
     return IMAGENET_INCEPTION_MEAN[:in_chans], IMAGENET_INCEPTION_STD[:in_chans]
 
 
-def share(train: Dataset[Any], val: Dataset[Any], config: Setup, accelerator: Accelerator, collate: Any) -> list[Any]:
+def share(
+    train: Dataset[Any],
+    val: Dataset[Any],
+    config: Setup,
+    accelerator: Accelerator,
+    collate: Any,
+    val_batch: int | None = None,
+) -> list[Any]:
     """Loaders over datasets of torch's kind: every process has its part of both, and scores each of its items once.
 
     Args:
@@ -63,11 +70,15 @@ def share(train: Dataset[Any], val: Dataset[Any], config: Setup, accelerator: Ac
         config: Batch size and workers.
         accelerator: Knows the processes.
         collate: Items to batch.
+        val_batch: Items to score on at a time; by default as many as to train on.
     """
     count, mine = accelerator.num_processes, accelerator.process_index
     parts = DistributedSampler(train, count, mine, drop_last=True), range(mine, len(val), count)  # type: ignore[arg-type]
-    shared = {'batch_size': config.batch_size, 'num_workers': config.workers, 'collate_fn': collate}
-    return [DataLoader(train, sampler=parts[0], drop_last=True, **shared), DataLoader(Subset(val, parts[1]), **shared)]
+    shared = {'num_workers': config.workers, 'collate_fn': collate}
+    return [
+        DataLoader(train, config.batch_size, sampler=parts[0], drop_last=True, **shared),
+        DataLoader(Subset(val, parts[1]), val_batch or config.batch_size, **shared),
+    ]
 
 
 def check_splits(config: Setup, accelerator: Accelerator, train: Any, val: Any) -> None:

@@ -64,7 +64,7 @@ class Detection:
         folder = coco_folder(config, accelerator)
         augment = {'transform': training(config.hflip), 'skip_empty': True}
         train, val = (
-            Boxes(*coco_paths(folder, split), drop_empty=True, check=self.check, **more)
+            Boxes(*coco_paths(folder, split), check=self.check, **more)
             for split, more in (('train', augment), ('val', {'crowds': True}))
         )
         if train.coco.categories != val.coco.categories:

@@ -21,7 +21,7 @@ TURNED = 0.6  # share of training crops that are rotated
 
 
 class Joints(Dataset[dict[str, Tensor]]):
-    """One crop per person that has a labelled point and is no crowd.
+    """One crop per person that has a box and a labelled point and is no crowd.
 
     A box is widened to the crop's shape around its middle, enlarged by `MARGIN`, and warped to the crop's size. An item
     has `image` (float `(3, H, W)`, normalised), `points` (float `(K, 2)`, x and y in pixels of the crop, the first
@@ -37,7 +37,6 @@ class Joints(Dataset[dict[str, Tensor]]):
         hflip: Probability that a crop is mirrored, with left and right points exchanged.
         mean: Per channel.
         std: Per channel.
-        drop_empty: Leave annotations with empty boxes out instead of refusing them; COCO's train2017 has two.
         check: Also look at every image's size.
 
     Raises:
@@ -55,10 +54,9 @@ class Joints(Dataset[dict[str, Tensor]]):
         hflip: float = 0.0,
         mean: Sequence[float] = IMAGENET_INCEPTION_MEAN,
         std: Sequence[float] = IMAGENET_INCEPTION_STD,
-        drop_empty: bool = False,
         check: bool = True,
     ) -> None:
-        self.coco = read_coco(images, annotations, drop_empty=drop_empty, check=check)
+        self.coco = read_coco(images, annotations, points=True, check=check)
         named = [category for category in self.coco.categories if category.get('keypoints')]
         if len(named) != 1:
             raise ValueError(f'{annotations} has {len(named)} categories that name keypoints; expected one, of persons')
@@ -71,7 +69,7 @@ class Joints(Dataset[dict[str, Tensor]]):
             (image, one)
             for image in self.coco.images
             for one in self.coco.annotations[image['id']]
-            if not one['iscrowd'] and any(one.get('keypoints', ())[2::3])
+            if not one['iscrowd'] and any(one['keypoints'][2::3])
         ]
         if not self._items:
             raise ValueError(f'{annotations} has no persons with keypoints')
@@ -80,7 +78,11 @@ class Joints(Dataset[dict[str, Tensor]]):
         return len(self._items)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """A crop and its points."""
+        """A crop and its points.
+
+        Raises:
+            ValueError: The image cannot be read.
+        """
         image, one = self._items[index]
         matrix = crop_matrix(one['bbox'], self.size, *self._chance())
         height, width = self.size

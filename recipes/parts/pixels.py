@@ -71,11 +71,19 @@ class Pixels(Dataset[tuple[Any, Any]]):
         return len(self.items)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """An image and its mask, after the transform: float `(3, H, W)` and long `(H, W)`, by default."""
+        """An image and its mask, after the transform: float `(3, H, W)` and long `(H, W)`, by default.
+
+        Raises:
+            ValueError: A file cannot be read, or a mask has labels outside of the classes.
+        """
         item = self.items[index]
-        image = tv_tensors.Image(F.pil_to_tensor(_open(item['image']).convert('RGB')))
-        mask = tv_tensors.Mask(torch.from_numpy(self.table[_values(_open(item['annotation']))]))
-        image, mask = self.transform(image, mask)
+        image = tv_tensors.Image(F.pil_to_tensor(_decoded(item['image'], index).convert('RGB')))
+        values = _values(_decoded(item['annotation'], index))
+        labels = self.table[values]
+        if (outside := labels == OUTSIDE).any():
+            name, value = _name(item['annotation'], index), values[outside][0]
+            raise ValueError(f'{name} has a label outside of the {len(self.labels)} classes: {value}')
+        image, mask = self.transform(image, tv_tensors.Mask(torch.from_numpy(labels)))
         return image.as_subclass(Tensor), mask.as_subclass(Tensor).long()
 
 
@@ -114,7 +122,7 @@ def cityscapes(data_dir: str | Path, split: str, transform: Any = None, check: b
 def ade20k(data_dir: str | Path, split: str, transform: Any = None, check: bool = True) -> Pixels:
     """ADE20K's scene parsing challenge: 0 does not count, class i is i + 1; objectInfo150.txt names the classes."""
     folder = Path(data_dir)
-    if folder.name != 'ADEChallengeData2016':
+    if (folder / 'ADEChallengeData2016').is_dir():
         folder = folder / 'ADEChallengeData2016'
     long = {'train': 'training', 'val': 'validation'}[split]
     layout = f'images/{long}/*.jpg and annotations/{long}/*.png'
@@ -323,6 +331,15 @@ def _open(source: Any) -> Image.Image:
     if isinstance(source, Mapping):
         source = io.BytesIO(source['bytes']) if source['bytes'] is not None else source['path']
     return Image.open(source)
+
+
+def _decoded(source: Any, index: int) -> Image.Image:
+    try:
+        image = _open(source)
+        image.load()
+    except UNREADABLE as error:
+        raise ValueError(f'{_name(source, index)} cannot be read: {" ".join(str(error).split())}') from None
+    return image
 
 
 def _name(source: Any, index: int) -> str:

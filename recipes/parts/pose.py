@@ -68,7 +68,6 @@ class Keypoints:
                 (height, width),
                 mean=mean,
                 std=std,
-                drop_empty=True,
                 check=self.check,
                 **more,
             )

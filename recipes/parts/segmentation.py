@@ -61,6 +61,8 @@ class Segmentation:
         config, name, folder = self.config, self.config.dataset, self.config.data_dir
         if name not in (*READERS, 'scenes'):
             raise ValueError(f'dataset {name!r} cannot be segmented; choose from scenes, {", ".join(READERS)}')
+        if config.in_chans != 3:
+            raise ValueError(f'in_chans must be 3 for task {config.task!r}, got {config.in_chans}')
         if name == 'scenes':
             folder = folder or SCENES
             with accelerator.main_process_first():
@@ -74,7 +76,7 @@ class Segmentation:
         train = read_pixels(name, folder, 'train', augment, check=self.check)
         val = read_pixels(name, folder, 'val', scoring(mean, std), check=self.check)
         check_splits(config, accelerator, train, val)
-        loaders = share(train, val, config, accelerator, collate_pixels)
+        loaders = share(train, val, config, accelerator, collate_pixels, val_batch=1)  # no net sees padding
         about = {'input_size': (config.in_chans, height, width), 'mean': mean, 'std': std, 'interpolation': 'bilinear'}
         return Data(*loaders, len(val), train.labels, len(train.labels), {**about, 'label_names': train.labels})
 

@@ -110,11 +110,24 @@ def test_a_detector_of_torchvision_takes_them(scenes):
     ('annotations', 'changes', 'says'),
     [
         (
-            [a_box(i, box=(1, 1, 0, 3)) for i in range(3)] + [a_box(3, box=(10, 1, 2, 2)), a_box(4, box=(1, -3, 2, 3))],
+            [
+                {**a_box(i), 'bbox': box}
+                for i, box in enumerate([None, [1, 2, 3], [1, 2, 3, '4'], [1, 2, 3, float('inf')]])
+            ],
             {},
-            r'train2017.json has 5 empty boxes \(annotation 0: \[1, 1, 0, 3\].*annotation 2: .*, \.\.\.\)$',
+            r"2017.json has 4 values of another kind than COCO's \(annotations\[0\]: bbox None is not four numbers,"
+            r' annotations\[1\]: bbox \[1, 2, 3\] is not four numbers, annotations\[2\]: .*, \.\.\.\)$',
         ),
-        ([a_box(1, box=(1, 2, 3))], {}, r'1 empty boxes \(annotation 1: \[1, 2, 3\]\)'),
+        (
+            [a_box(1, image_id='x')],
+            {'images': [{'id': 'x', 'file_name': '000000000007.jpg', 'width': 10, 'height': 8}]},
+            r"2 values .* \(images\[0\]: id 'x' is not an integer, annotations\[0\]: image_id 'x' is not an integer\)",
+        ),
+        (
+            [],
+            {'images': [{'id': 1, 'file_name': None, 'width': '10', 'height': 8}, 5]},
+            r"has 2 values .* file_name None is not text, .* width '10' is not a number\); 1 .* lack .*\[1\]: id and",
+        ),
         (
             [a_box(1, category=1), a_box(2, image_id=5)],
             {},
@@ -143,6 +156,11 @@ def test_a_detector_of_torchvision_takes_them(scenes):
             {'categories': [{'id': 18, 'name': 'x', 'keypoints': ['a']}]},
             r'1 keypoints that are not',
         ),
+        (
+            [a_box(1, category=18, keypoints=None)],
+            {'categories': [{'id': 18, 'name': 'x', 'keypoints': None}]},
+            r'1 keypoints that are not',
+        ),
     ],
 )
 def test_bad_annotations_are_one_clear_line(tmp_path, annotations, changes, says):
@@ -165,9 +183,25 @@ def test_broken_files(tmp_path):
         read_coco(images, path)
 
 
-def test_empty_boxes_may_be_dropped(tmp_path):
-    paths = a_coco(tmp_path, [a_box(1, box=(2, 2, 1, 0)), a_box(2)])
-    assert Boxes(*paths, drop_empty=True)[0][1]['boxes'].tolist() == [[1, 2, 5, 5]]
+def test_an_image_that_ends_early_is_named(tmp_path):
+    images, path = a_coco(tmp_path, [a_box(1)])
+    file = images / '000000000007.jpg'
+    file.write_bytes(file.read_bytes()[:-20])
+    data = Boxes(images, path)  # which reads no more than its head
+    with pytest.raises(ValueError, match=r'train2017/000000000007.jpg cannot be read: image file is truncated'):
+        data[0]
+
+
+@pytest.mark.parametrize(
+    'box',
+    [(1, 1, 0, 3), (10, 1, 2, 2), (1, -3, 2, 3), (2, 2, -1, 3), (5, 2, 1e-7, 3), (0, 2, 1e-7, 3), (0, -1, 3, 1 + 1e-7)],
+)
+def test_empty_boxes_are_left_out(tmp_path, box):
+    """Torchvision's detectors refuse boxes whose edges are one in float32, also after a flip."""
+    paths = a_coco(tmp_path, [a_box(1, box=box), a_box(2), a_box(3, box=(9.99, 0, 1, 0.01))])
+    _, target = Boxes(*paths, transform=training(1.0))[0]
+    assert len(target['boxes']) == 2
+    assert (target['boxes'][:, 2:] > target['boxes'][:, :2]).all()
 
 
 def test_wrong_layouts_say_what_was_expected_where(tmp_path):

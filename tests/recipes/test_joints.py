@@ -67,6 +67,18 @@ def test_joints_by_hand(tmp_path):
     assert item['image'][0, 2].max() == 0  # above the image
 
 
+def test_what_cocos_evaluator_reads_must_be_there(tmp_path):
+    people = [*(a_person(i, {0: (3, 2, 2)}) for i in range(3)), a_box(3, box=(1, 1, 0, 1), category=1)]
+    del people[0]['keypoints'], people[1]['num_keypoints']
+    says = r'3 entries .* \(.*\[0\]: keypoints, .*\[1\]: num_keypoints, .*\[3\]: keypoints and num_keypoints\)'
+    with pytest.raises(ValueError, match=says) as caught:
+        Joints(*a_coco(tmp_path, people, 'person_keypoints'))
+    assert '\n' not in str(caught.value)
+    people = [{**a_person(1, {0: (3, 2, 2)}), 'num_keypoints': None}]
+    with pytest.raises(ValueError, match=r'1 values .* \(annotations\[0\]: num_keypoints None is not an integer\)'):
+        Joints(*a_coco(tmp_path, people, 'person_keypoints'))
+
+
 def test_a_flipped_crop_by_hand(tmp_path):
     people = [a_person(1, {0: (3, 2, 2), 1: (5, 4, 1)}, box=(2, 1, 6, 6))]
     paths = a_coco(tmp_path, people, 'person_keypoints')

@@ -1,3 +1,5 @@
+import io
+
 import datasets
 import numpy as np
 import pytest
@@ -58,10 +60,12 @@ def test_cityscapes_ids_as_torchvision_knows_them(tmp_path):
     assert data.labels == [c.name for c in classes if c.train_id != 255]
 
 
-@pytest.mark.parametrize('below', [True, False])
-def test_ade20k_without_a_label_does_not_count(tmp_path, below):
+@pytest.mark.parametrize('where', ['above', 'inside', 'renamed'])
+def test_ade20k_without_a_label_does_not_count(tmp_path, where):
     folder = an_ade20k(tmp_path, [[0, 1, 150]])
-    data = read_pixels('ade20k', tmp_path if below else folder, 'train')
+    if where == 'renamed':
+        folder = folder.rename(tmp_path / 'ade')
+    data = read_pixels('ade20k', tmp_path if where == 'above' else folder, 'train')
     assert data[0][1].tolist() == [[255, 0, 149]]
     assert (len(data.labels), data.labels[-1]) == (150, '150')
 
@@ -253,6 +257,41 @@ def test_labels_need_not_be_checked(tmp_path):
     (tmp_path / 'masks' / 'train' / 'a.png').unlink()
     with pytest.raises(ValueError, match='no masks in it; expected'):
         read_pixels('masks', tmp_path, 'train', check=False)
+
+
+@pytest.mark.parametrize(('kind', 'suffix'), [('images', '.png'), ('images', '.jpg'), ('masks', '.png')])
+def test_a_file_that_ends_early_is_named(tmp_path, kind, suffix):
+    noise = np.random.default_rng(0).integers(0, 2, (64, 64))
+    a_folder(tmp_path, noise, image=np.stack([noise * 255] * 3, -1), suffix=suffix)
+    (tmp_path / 'classes.txt').write_text('x\ny\n')
+    file = tmp_path / kind / 'train' / f'a{suffix}'
+    file.write_bytes(file.read_bytes()[:-100])
+    data = read_pixels('masks', tmp_path, 'train', check=False)
+    with pytest.raises(ValueError, match=rf'{kind}/train/{file.name} cannot be read: .*truncated') as caught:
+        data[0]
+    assert '\n' not in str(caught.value)
+
+
+def test_bytes_that_end_early_are_named(tmp_path):
+    features = datasets.Features({'image': datasets.Image(), 'annotation': datasets.Image()})
+    mask = Image.fromarray(np.random.default_rng(0).integers(0, 2, (32, 32)).astype(np.uint8))
+    file = io.BytesIO()
+    mask.save(file, 'PNG')
+    broken = {'bytes': file.getvalue()[:-50], 'path': None}
+    rows = datasets.Dataset.from_dict({'image': [mask, broken], 'annotation': [mask, mask]}, features=features)
+    datasets.DatasetDict({'train': rows}).save_to_disk(tmp_path)
+    data = read_pixels('scene_parse_150', tmp_path, 'train')
+    assert data[0][1].shape == (32, 32)
+    with pytest.raises(ValueError, match='row 1 cannot be read: '):
+        data[1]
+
+
+def test_labels_that_were_not_checked_are_one_clear_line(tmp_path):
+    a_folder(tmp_path, [[0, 7], [1, 255]])
+    (tmp_path / 'classes.txt').write_text('x\ny\n')
+    data = read_pixels('masks', tmp_path, 'train', check=False)
+    with pytest.raises(ValueError, match=r'masks/train/a.png has a label outside of the 2 classes: 7$'):
+        data[0]
 
 
 @pytest.mark.parametrize(
