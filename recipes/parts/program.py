@@ -56,11 +56,19 @@ def program(main: Callable[[list[str]], None]) -> None:
         tell(str(stopped))
         sys.exit(128 + stopped.number)
     except ValueError as error:
-        sys.exit(f'error: {error}')
+        sys.exit(f'error: {line_of(error)}')
     except OSError as error:
         if error.filename is None:  # not a matter of files
             raise
         sys.exit(f'error: {error}; what was saved before is whole, and the same command goes on from it')
+
+
+def line_of(error: ValueError) -> str:
+    """An error's own line, out of what torch says around one that came from a worker of a loader."""
+    said = str(error)
+    if said.startswith('Caught ValueError in DataLoader worker'):
+        said = said.strip().splitlines()[-1].removeprefix('ValueError: ')
+    return said
 
 
 def keep_freed_memory() -> None:
