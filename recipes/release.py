@@ -169,6 +169,8 @@ def draw_index(path: Path, cards: dict[str, dict[str, Any]], references: dict[st
     """Top-1 over living parameters and over living MACs, for the images that the references were trained on."""
     tags = {name.rpartition('.')[2] for name in references}
     shown = {name: facts for name, facts in cards.items() if not tags or name.rpartition('.')[2] in tags}
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+
     figure = create_figure(9, 4)
     for axis, number, label in zip(
         figure.subplots(1, 2, sharey=True),
@@ -180,6 +182,9 @@ def draw_index(path: Path, cards: dict[str, dict[str, Any]], references: dict[st
             for name, facts in rows.items():
                 axis.plot(number(facts), 100 * facts['top1'], marker, linestyle='', label=name.partition('.')[0])
         axis.set(xscale='log', xlabel=label)
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter(EngFormatter(sep=''))
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.grid(linewidth=0.3)
     figure.axes[0].set(ylabel='top-1 (%)')
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc='outside right upper', fontsize=8)
