@@ -6,6 +6,7 @@ Every cell is a run of train.py or finetune.py in a folder of its own, whose con
 on with what is there.
 """
 
+import math
 import shlex
 import statistics
 import sys
@@ -17,8 +18,8 @@ from typing import Any
 import timm
 import torch
 import train
-from parts.cells import Cell, arguments, at_least_one, claim, markdown, run_cells, spread, where_and_when, write_results
-from parts.config import CONFIGS, Setup, parse
+from parts.cells import Cell, arguments, claim, markdown, run_cells, spread, where_and_when, write_results
+from parts.config import CONFIGS, Checked, Setup, parse
 
 from timm_supertickets import prunable
 from timm_supertickets.pictures import DPI, create_figure
@@ -61,7 +62,7 @@ DIFFERENCES = (
 
 
 @dataclass
-class Config:
+class Config(Checked):
     """What a comparison does.
 
     Args:
@@ -97,7 +98,7 @@ class Config:
     results: str = 'recipes/results/compare_digits'
 
     def __post_init__(self) -> None:
-        at_least_one(self, 'seeds', 'jobs')
+        self.within(1, math.inf, 'seeds', 'jobs')
         unknown = [arm for arm in self.arms if arm not in ARMS]
         if unknown:
             raise ValueError(f'arms: {unknown[0]!r} is unknown; choose from {", ".join(ARMS)}')

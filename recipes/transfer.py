@@ -6,6 +6,7 @@ Every cell is a run of train.py or of a task's own recipe, in a folder whose con
 on with what is there.
 """
 
+import math
 import shlex
 import statistics
 import sys
@@ -15,8 +16,8 @@ from typing import Any
 
 import finetune
 import train
-from parts.cells import Cell, arguments, at_least_one, claim, markdown, run_cells, spread, where_and_when, write_results
-from parts.config import CONFIGS, parse
+from parts.cells import Cell, arguments, claim, markdown, run_cells, spread, where_and_when, write_results
+from parts.config import CONFIGS, Checked, parse
 from parts.task import TASKS
 
 RECIPES = {'classify': 'finetune', 'segment': 'segment', 'keypoints': 'keypoints', 'detect': 'detect'}
@@ -24,7 +25,7 @@ KINDS = ('sparse', 'dense')
 
 
 @dataclass
-class Config:
+class Config(Checked):
     """What a table of transfer is made of.
 
     Args:
@@ -54,15 +55,14 @@ class Config:
     results: str = 'recipes/results/transfer_scenes'
 
     def __post_init__(self) -> None:
-        at_least_one(self, 'seeds', 'jobs')
+        self.within(1, math.inf, 'seeds', 'jobs')
+        self.within(0, 1, 'sparsity', start=False, end=False)
         for name, files in (('draw', self.draw), ('use', self.use)):
             unknown = [task for task in files if task not in RECIPES]
             if unknown or not files:
                 raise ValueError(f'{name} must have tasks out of {", ".join(RECIPES)}, got {list(files)}')
         if unknown := [task for task in self.dense if task not in RECIPES]:
             raise ValueError(f'dense: {unknown[0]!r} is unknown; choose from {", ".join(RECIPES)}')
-        if not 0 < self.sparsity < 1:
-            raise ValueError(f'sparsity must be in (0, 1), got {self.sparsity}')
 
 
 def main(argv: list[str]) -> None:

@@ -113,17 +113,6 @@ def claim(config: Any, free: tuple[str, ...]) -> None:
     write_atomic(path, dump_json(ours))
 
 
-def at_least_one(config: Any, *names: str) -> None:
-    """Check settings of a recipe that runs others.
-
-    Raises:
-        ValueError: One is below 1.
-    """
-    for name in names:
-        if getattr(config, name) < 1:
-            raise ValueError(f'{name} must be at least 1, got {getattr(config, name)}')
-
-
 def arguments(setup: Setup, kind: type[Setup]) -> list[str]:
     """The settings of a configuration that another recipe shares, as `key=value`."""
     names = {one.name for one in fields(kind)} - {'seed', 'output', 'resume', 'threads', 'targets'}

@@ -123,7 +123,9 @@ def create_data(config: Setup, accelerator: Accelerator, known: Mapping[str, Any
             re_prob=config.reprob,
             **shared,
         )
-    except (AssertionError, ValueError) as error:  # of timm's parser
+    except (AssertionError, ValueError) as error:
+        if config.auto_augment is None:
+            raise
         raise ValueError(f'auto_augment={config.auto_augment} is no augmentation of timm: {error}') from None
     return Data(
         train=training,

@@ -13,8 +13,35 @@ from jsonargparse import ArgumentError, ArgumentParser
 CONFIGS = Path(__file__).parents[1] / 'configs'
 
 
+class Checked:
+    """A configuration that can check its own values."""
+
+    def within(self, low: float, high: float, *names: str, start: bool = True, end: bool = True) -> None:
+        """Check that values are in a range.
+
+        Args:
+            low: Its start.
+            high: Its end; may be infinite.
+            names: Keys; a list must hold such values only.
+            start: Whether the start itself is allowed.
+            end: Whether the end itself is.
+
+        Raises:
+            ValueError: A value is not; its key is named.
+        """
+        if math.isinf(high):
+            wanted = f'at least {low}'
+        else:
+            wanted = f'in {"[" if start else "("}{low}, {high}{"]" if end else ")"}'
+        for name in names:
+            value = getattr(self, name)
+            for one in value if isinstance(value, list) else [value]:
+                if not low <= one <= high or (one == low and not start) or (one == high and not end):
+                    raise ValueError(f'{name} must be {wanted}, got {value}')
+
+
 @dataclass
-class Setup:
+class Setup(Checked):
     """What every training has: images, an optimizer, rounds, and a folder.
 
     Args:
@@ -121,29 +148,6 @@ class Setup:
         self.within(1, math.inf, 'ratio')
         if self.in_chans not in (1, 3):
             raise ValueError(f'in_chans must be 1 or 3, got {self.in_chans}')
-
-    def within(self, low: float, high: float, *names: str, start: bool = True, end: bool = True) -> None:
-        """Check that values are in a range.
-
-        Args:
-            low: Its start.
-            high: Its end; may be infinite.
-            names: Keys; a list must hold such values only.
-            start: Whether the start itself is allowed.
-            end: Whether the end itself is.
-
-        Raises:
-            ValueError: A value is not; its key is named.
-        """
-        if math.isinf(high):
-            wanted = f'at least {low}'
-        else:
-            wanted = f'in {"[" if start else "("}{low}, {high}{"]" if end else ")"}'
-        for name in names:
-            value = getattr(self, name)
-            for one in value if isinstance(value, list) else [value]:
-                if not low <= one <= high or (one == low and not start) or (one == high and not end):
-                    raise ValueError(f'{name} must be {wanted}, got {value}')
 
     @property
     def steps(self) -> int:

@@ -71,7 +71,7 @@ def shrink(model: ModelT, keep: Keep) -> ModelT:
         The smaller net. To rounding it computes what the model does once gated (`gate_`).
 
     Raises:
-        ValueError: The plan does not fit the model, or it has layers that its space has not.
+        ValueError: The plan does not fit the model, or the model has batch norms of another kind than its space.
     """
     space = searchable(model)
     groups = space.channel_groups()
