@@ -512,11 +512,12 @@ def test_deterministic_algorithms_are_asked_for_and_draw_the_same_tickets(whole,
 
 
 def test_wandb_keeps_its_files_in_the_run(tmp_path, monkeypatch):
-    pytest.importorskip('wandb')
+    wandb = pytest.importorskip('wandb')
     monkeypatch.setenv('WANDB_MODE', 'offline')
     monkeypatch.setenv('WANDB_SILENT', 'true')
     monkeypatch.chdir(tmp_path)
     train.main([*QUICK, 'tracker=wandb', 'output=run'])
+    wandb.teardown()  # its own process may write on until it ends
     (found,) = (tmp_path / 'run/wandb').glob('offline-run-*/run-*.wandb')
     content = found.read_bytes()
     for row in csv.DictReader((tmp_path / 'run/summary.csv').read_text().splitlines()):
