@@ -248,6 +248,23 @@ def test_a_classifiers_ticket_scores_pixels_and_keeps_its_mask(scenes, tmp_path,
 
 
 @pytest.mark.parametrize('model', ['supernet_hr_tiny', 'supernet_mbv2_tiny'])
+def test_a_ticket_of_pixels_goes_to_other_pixels_and_other_classes(scenes, tmp_path, model):
+    others = write_scenes(tmp_path / 'ade20k', 'ade20k', train=8, val=4, size=(32, 48), most=2)
+    train.main([*FEW, f'model={model}', f'data_dir={scenes}', f'output={tmp_path / "drawn"}'])
+    (folder,) = (path.parent for path in (tmp_path / 'drawn').glob('*/ticket.safetensors'))
+    few = [arg for arg in FEW if arg.split('=')[0] not in ('dataset', 'cooldown_steps', 'targets', 'search_until')]
+    output = tmp_path / 'run'
+    segment.main([*few, 'dataset=ade20k', f'ticket={folder}', f'data_dir={others}', f'output={output}'])
+    (moved,) = (path.parent for path in output.glob('*/ticket.safetensors'))
+    before, after = load_ticket(folder), load_ticket(moved)
+    assert set(after.mask) == set(before.mask)
+    assert all(after.mask[name].equal(before.mask[name]) for name in before.mask)
+    assert 0 <= after.facts['miou'] <= 1
+    names = json.loads((moved / 'config.json').read_text())['pretrained_cfg']['label_names']
+    assert (len(names), names[-1]) == (11, 'background')
+
+
+@pytest.mark.parametrize('model', ['supernet_hr_tiny', 'supernet_mbv2_tiny'])
 def test_a_new_head_alone_is_trained(scenes, tmp_path, model):
     torch.manual_seed(0)
     net = timm.create_model(model)
