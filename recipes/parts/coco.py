@@ -9,11 +9,8 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
 
-from accelerate import Accelerator
-from parts.config import Setup
 from parts.faults import refuse
 from parts.pixels import UNREADABLE
-from parts.scenes import write_scenes
 from PIL import Image
 
 FIELDS = {
@@ -33,7 +30,6 @@ KINDS: dict[str, Callable[[Any], bool]] = {
     'four numbers': lambda value: KINDS['a list of numbers'](value) and len(value) == 4,
 }
 THINNEST = 2**-20  # of an image's longer side: float32 tells such a box's edges apart, wherever it is moved to
-SCENES = 'output/scenes/coco'  # where the embedded default is written
 VISIBILITIES = (0, 1, 2)  # of a key point: none, hidden, seen
 
 
@@ -71,26 +67,6 @@ class Coco:
             return Image.open(file).convert('RGB')
         except UNREADABLE as error:
             raise ValueError(f'{file} cannot be read: {" ".join(str(error).split())}') from None
-
-
-def coco_folder(config: Setup, accelerator: Accelerator) -> str:
-    """The folder of a run's dataset, `coco` or `scenes`; scenes are written there once.
-
-    Raises:
-        ValueError: The dataset is another, or its folder is missing.
-    """
-    name, folder = config.dataset, config.data_dir
-    if name not in ('scenes', 'coco'):
-        raise ValueError(f'dataset {name!r} has no place in task {config.task!r}; choose from scenes, coco')
-    if config.in_chans != 3:
-        raise ValueError(f'in_chans must be 3 for task {config.task!r}, got {config.in_chans}')
-    if name == 'scenes':
-        folder = folder or SCENES
-        with accelerator.main_process_first():
-            write_scenes(folder, 'coco')
-    if not folder or not Path(folder).is_dir():
-        raise ValueError(f'dataset {name!r} needs data_dir=FOLDER, and {folder} is none')
-    return folder
 
 
 def coco_paths(

@@ -48,8 +48,9 @@ class Setup(Checked):
         task: What the net learns: `classify`, `segment`, `keypoints` or `detect`.
         task_args: Settings of the task, e.g. `{ohem: 0.7}` for `segment`.
         dataset: For `classify`: `digits` (embedded), `fashion_mnist`, or a dataset name of timm: `hfds/...`,
-            `hfids/...`, `folder`. For `segment`: `scenes` (embedded), `cityscapes`, `ade20k`, `scene_parse_150` or
-            `masks`, a folder of images and masks. For `keypoints` and `detect`: `scenes` (embedded) or `coco`.
+            `hfids/...`, `folder`. For `segment`: `scenes` (embedded; composed from digits), `fashion_scenes`,
+            `cityscapes`, `ade20k`, `scene_parse_150` or `masks`, a folder of images and masks. For `keypoints` and
+            `detect`: `scenes`, `fashion_scenes` or `coco`.
         data_dir: Where the dataset lies.
         train_split: Split to train on, in the words of `datasets`: `train`, or a part of it as `train[:5000]` or
             `train[:10%]`; a dataset that is a folder of images has whole ones only.

@@ -11,9 +11,10 @@ from accelerate.utils import gather_object
 from parts.ap import average_precision
 from parts.backbone import OnBackbone
 from parts.boxes import Boxes, Target, collate_boxes, training
-from parts.coco import coco_folder, coco_paths
+from parts.coco import coco_paths
 from parts.config import Setup
 from parts.data import CHANNELS_LAST, Data, check_splits, normalization, on_device, share
+from parts.scenes import dataset_folder
 from torch import Tensor, nn
 from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -32,7 +33,8 @@ class Detection:
     """The task of finding things and their boxes.
 
     Args:
-        config: The run's; its dataset is `scenes` or `coco`, and `img_size` is what images' shorter sides become.
+        config: The run's; its dataset is one of scenes.EMBEDDED or `coco`, and `img_size` is what images' shorter sides
+            become.
         detector: One of DETECTORS.
         anchor: Side of the smallest anchors in cells of their level; those of `fcos` are one cell, always.
         finest: Reduction of the finest level that is used.
@@ -61,7 +63,7 @@ class Detection:
     def create_data(self, accelerator: Accelerator, known: Mapping[str, Any] | None = None) -> Data:
         """Loaders of images, which have sizes of their own, and boxes."""
         config = self.config
-        folder = coco_folder(config, accelerator)
+        folder = dataset_folder(config, accelerator, 'coco', ['coco'])
         augment = {'transform': training(config.hflip), 'skip_empty': True}
         train, val = (
             Boxes(*coco_paths(folder, split), check=self.check, **more)

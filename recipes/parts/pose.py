@@ -8,12 +8,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from parts.ap import average_precision
-from parts.coco import coco_folder, coco_paths
+from parts.coco import coco_paths
 from parts.config import Setup
 from parts.data import Data, check_splits, normalization, on_device, share
 from parts.heatmaps import SIGMA, STRIDE, decode, flip_mean, render
 from parts.joints import Joints, to_image
 from parts.pixelnet import create_pixel_net, upsampled
+from parts.scenes import dataset_folder
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
@@ -26,7 +27,7 @@ class Keypoints:
     """The task of finding the key points of persons whose boxes are known.
 
     Args:
-        config: The run's; its dataset is `scenes` or `coco`.
+        config: The run's; its dataset is one of scenes.EMBEDDED or `coco`.
         crop: Height and width of crops.
         scale: Training crops show this share more or less, as a normal number's standard deviation.
         rotation: Degrees that training crops are turned by, likewise.
@@ -59,7 +60,7 @@ class Keypoints:
     def create_data(self, accelerator: Accelerator, known: Mapping[str, Any] | None = None) -> Data:
         """Loaders of crops and their points."""
         config, (height, width) = self.config, self.crop
-        folder = coco_folder(config, accelerator)
+        folder = dataset_folder(config, accelerator, 'coco', ['coco'])
         mean, std = normalization(config.in_chans, known or {})
         chance = {'scale': self.scale, 'rotation': self.rotation, 'hflip': config.hflip}
         train, val = (

@@ -8,18 +8,21 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from accelerate import Accelerator
 from numpy.typing import NDArray
 from parts.classification import FASHION_MNIST, FASHION_MNIST_LABELS, digits, idx_split
+from parts.config import Setup
 from PIL import Image
 
 Layout = Literal['cityscapes', 'ade20k', 'coco']
 Scans = Literal['digits', 'fashion_mnist']
+EMBEDDED: dict[str, Scans] = {'scenes': 'digits', 'fashion_scenes': 'fashion_mnist'}  # datasets of the recipes
 
 SPLITS = ('train', 'val')
 ABOUT = 'scenes.json'  # beside a layout's own files: what the scenes were made from
@@ -153,6 +156,32 @@ def write_scenes(
     return folder
 
 
+def dataset_folder(config: Setup, accelerator: Accelerator, layout: Layout, others: Iterable[str]) -> str:
+    """Where a run's images and annotations lie; scenes are written there first, once.
+
+    Args:
+        config: The run's.
+        accelerator: Its processes, of which one writes.
+        layout: That of scenes.
+        others: What the dataset may be other than scenes.
+
+    Raises:
+        ValueError: The dataset is none of these, its folder is missing, or Fashion-MNIST is.
+    """
+    name, folder, known = config.dataset, config.data_dir, (*EMBEDDED, *others)
+    if name not in known:
+        raise ValueError(f'dataset {name!r} has no place in task {config.task!r}; choose from {", ".join(known)}')
+    if config.in_chans != 3:
+        raise ValueError(f'in_chans must be 3 for task {config.task!r}, got {config.in_chans}')
+    if name in EMBEDDED:
+        folder = folder or f'output/{name}/{layout}'
+        with accelerator.main_process_first():
+            write_scenes(folder, layout, scans=EMBEDDED[name])
+    if not folder or not (name == 'scene_parse_150' or Path(folder).is_dir()):  # that one may be a name on the Hub
+        raise ValueError(f'dataset {name!r} needs data_dir=FOLDER, and {folder} is none')
+    return folder
+
+
 def _same(folder: Path, about: dict[str, Any]) -> Path:
     try:
         there = json.loads((folder / ABOUT).read_text(encoding='utf-8'))
@@ -173,6 +202,9 @@ def _sources(scans: str, data_dir: str | Path | None) -> tuple[dict[str, tuple[A
         return {name: (split.images, split.labels) for name, split in zip(SPLITS, splits, strict=True)}, names
     if scans == 'fashion_mnist':
         folder = Path(data_dir or FASHION_MNIST)
+        if not any(folder.glob('train-images-idx3-ubyte*')):
+            puts = f'`apt install dataset-fashion-mnist` puts it into {FASHION_MNIST}'
+            raise ValueError(f'Fashion-MNIST is not in {folder}; {puts}')
         found = {name: idx_split(folder, split) for name, split in zip(SPLITS, ('train', 't10k'), strict=True)}
         return found, list(FASHION_MNIST_LABELS)
     raise ValueError(f'scans must be digits or fashion_mnist, got {scans!r}')

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -11,12 +10,11 @@ from parts.config import Setup
 from parts.data import Data, check_splits, normalization, on_device, share
 from parts.pixelnet import create_pixel_net, upsampled
 from parts.pixels import IGNORE, READERS, collate_pixels, read_pixels, scoring, training
-from parts.scenes import write_scenes
+from parts.scenes import EMBEDDED, dataset_folder
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchmetrics.classification import MulticlassJaccardIndex
 
-SCENES = 'output/scenes/cityscapes'  # where the embedded default is written
 HARD_AT_LEAST = 1 / 16  # of the pixels count, however well they are known
 
 
@@ -25,7 +23,7 @@ class Segmentation:
     """The task of giving every pixel a class.
 
     Args:
-        config: The run's; its dataset is `scenes` or one of pixels.READERS.
+        config: The run's; its dataset is one of scenes.EMBEDDED or of pixels.READERS.
         crop: Height and width of training crops; by default `img_size` both.
         scale: Smallest and largest factor of training images.
         ohem: Only pixels whose class is given a smaller probability than this count; 0 counts all.
@@ -58,18 +56,9 @@ class Segmentation:
 
     def create_data(self, accelerator: Accelerator, known: Mapping[str, Any] | None = None) -> Data:
         """Loaders of images and masks."""
-        config, name, folder = self.config, self.config.dataset, self.config.data_dir
-        if name not in (*READERS, 'scenes'):
-            raise ValueError(f'dataset {name!r} cannot be segmented; choose from scenes, {", ".join(READERS)}')
-        if config.in_chans != 3:
-            raise ValueError(f'in_chans must be 3 for task {config.task!r}, got {config.in_chans}')
-        if name == 'scenes':
-            folder = folder or SCENES
-            with accelerator.main_process_first():
-                write_scenes(folder, 'cityscapes')
-            name = 'cityscapes'
-        if not folder or not (name == 'scene_parse_150' or Path(folder).is_dir()):  # that one may be a name on the Hub
-            raise ValueError(f'dataset {name!r} needs data_dir=FOLDER, and {folder} is none')
+        config = self.config
+        folder = dataset_folder(config, accelerator, 'cityscapes', READERS)
+        name = 'cityscapes' if config.dataset in EMBEDDED else config.dataset
         mean, std = normalization(config.in_chans, known or {})
         height, width = self.crop
         augment = training((height, width), (self.scale[0], self.scale[1]), config.hflip, mean, std)

@@ -255,7 +255,9 @@ def test_bad_data_is_one_clear_line(tmp_path, accelerator):
         config = Config(task='keypoints', **{'dataset': 'coco', 'data_dir': str(tmp_path), 'batch_size': 1, **changes})
         return Keypoints(config).create_data(accelerator)
 
-    with pytest.raises(ValueError, match="dataset 'ade20k' has no place in task 'keypoints'; choose from scenes, coco"):
+    with pytest.raises(
+        ValueError, match="'ade20k' has no place in task 'keypoints'; choose from scenes, fashion_scenes"
+    ):
         read(dataset='ade20k')
     with pytest.raises(ValueError, match="dataset 'coco' needs data_dir=FOLDER, and None is none"):
         read(data_dir=None)

@@ -2,14 +2,17 @@ import contextlib
 import hashlib
 import io
 import json
+from functools import partial
 
 import numpy as np
 import pytest
+from accelerate import Accelerator
 from parts import scenes
-from parts.classification import Pictures
+from parts.classification import FASHION_MNIST_LABELS, Pictures
 from parts.coco import coco_paths, read_coco
+from parts.config import Config
 from parts.pixels import read_pixels
-from parts.scenes import compose, run_lengths, seventeen_points, write_scenes
+from parts.scenes import compose, dataset_folder, run_lengths, seventeen_points, write_scenes
 from PIL import Image
 from pycocotools import mask as pymask
 from pycocotools.coco import COCO
@@ -80,6 +83,25 @@ def test_cityscapes_as_torchvision_reads_it(tmp_path):
             assert values.shape == (48, 64)
             assert set(np.unique(values)) <= {7, 19, 20, 24, 25, 26, 27, 28, 31, 32, 33}
             assert (mask.numpy() == np.vectorize(train_id.get)(values)).all()
+
+
+def test_recipes_know_scenes_of_both_kinds_of_scans(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(scenes, 'FASHION_MNIST', tmp_path)
+    monkeypatch.setattr(scenes, 'write_scenes', partial(write_scenes, **SMALL))  # fewer
+    config = Config(task='detect', dataset='fashion_scenes', batch_size=1)
+    with pytest.raises(ValueError, match='; `apt install dataset-fashion-mnist` puts it'):
+        dataset_folder(config, Accelerator(cpu=True), 'coco', ['coco'])
+    assert not [path for path in tmp_path.rglob('*') if path.is_file()]
+    fake_fashion(tmp_path)
+    folders = [
+        dataset_folder(Config(task='detect', dataset=name, batch_size=1), Accelerator(cpu=True), 'coco', ['coco'])
+        for name in ('scenes', 'fashion_scenes')
+    ]
+    assert folders == ['output/scenes/coco', 'output/fashion_scenes/coco']
+    digits, fashion = (read_coco(*coco_paths(folder, 'val')).labels for folder in folders)
+    assert digits == list('0123456789')
+    assert fashion == list(FASHION_MNIST_LABELS)
 
 
 def test_ade20k_names_what_is_there(tmp_path):
@@ -249,7 +271,7 @@ def test_another_process_may_be_faster(tmp_path, monkeypatch, same):
         ({'scans': 'mnist'}, "scans must be digits or fashion_mnist, got 'mnist'"),
         ({'size': (16, 64)}, r'at least 32x32.*size=\(16, 64\)'),
         ({'val': 0}, 'at least 1; got .*val=0'),
-        ({'scans': 'fashion_mnist', 'data_dir': 'nowhere'}, 'nowhere/train-images-idx3-ubyte is missing'),
+        ({'scans': 'fashion_mnist', 'data_dir': 'nowhere'}, 'Fashion-MNIST is not in nowhere; `apt install'),
     ],
 )
 def test_bad_arguments_are_one_clear_line(tmp_path, changes, says):

@@ -313,7 +313,7 @@ def test_bad_settings_are_one_clear_line(changes, says):
 @pytest.mark.parametrize(
     ('args', 'says'),
     [
-        (['dataset=digits'], "dataset 'digits' cannot be segmented; choose from scenes, cityscapes"),
+        (['dataset=digits'], "'digits' has no place in task 'segment'; choose from scenes, fashion_scenes, cityscapes"),
         (['dataset=ade20k'], "dataset 'ade20k' needs data_dir=FOLDER"),
         (['dataset=scenes', 'in_chans=1'], "in_chans must be 3 for task 'segment', got 1"),
         (['num_classes=3'], "num_classes=3 is for task classify; task 'segment' has no use for it"),
