@@ -17,7 +17,7 @@ def moved(tmp_path_factory):
     scenes = write_scenes(root / 'scenes', 'cityscapes', train=8, val=4)
     args = [
         'draw={classify: smoke.yaml}', 'use={segment: segment_ticket.yaml}', f'changes=[{FEW}]', 'seeds=1',
-        'drawn=[cooldown_steps=1, prune_every=1]',
+        'drawn=[cooldown_steps=1, prune_every=1, search_until=1.0]',
         f'used=[dataset=cityscapes, data_dir={scenes}, img_size=64]', f'output={root / "runs"}',
         f'results={root / "results"}',
     ]  # fmt: skip
