@@ -259,7 +259,6 @@ def test_a_ticket_of_pixels_goes_to_other_pixels_and_other_classes(scenes, tmp_p
     before, after = load_ticket(folder), load_ticket(moved)
     assert set(after.mask) == set(before.mask)
     assert all(after.mask[name].equal(before.mask[name]) for name in before.mask)
-    assert 0 <= after.facts['miou'] <= 1
     names = json.loads((moved / 'config.json').read_text())['pretrained_cfg']['label_names']
     assert (len(names), names[-1]) == (11, 'background')
 
