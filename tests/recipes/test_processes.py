@@ -178,20 +178,6 @@ def workers(process):
     return found
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('rank', [0, 1])
-def test_one_of_two_processes_is_killed_and_the_same_command_goes_on(two, tmp_path, rank):
-    output = tmp_path / 'run'
-    process = torchrun(2, *QUICK, f'output={output}')
-    wait_for_checkpoint(process, output)
-    os.kill(workers(process)[rank], signal.SIGKILL)
-    process.communicate(timeout=120)
-    assert process.returncode
-    assert not (output / 'superticket_mbv2_s80').exists()
-    finish(torchrun(2, *QUICK, f'output={output}'))
-    assert ticket_bytes(output) == ticket_bytes(two[0])
-
-
 @pytest.fixture(scope='module')
 def longer(tmp_path_factory):
     """A run on two processes that lasts until a signal reaches it, and its arguments."""
@@ -199,6 +185,21 @@ def longer(tmp_path_factory):
     argv = [*QUICK, 'rounds=4', 'round_steps=12']
     finish(torchrun(2, *argv, f'output={output}'))
     return output, argv
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('rank', [0, 1])
+def test_one_of_two_processes_is_killed_and_the_same_command_goes_on(longer, tmp_path, rank):
+    whole, argv = longer
+    output = tmp_path / 'run'
+    process = torchrun(2, *argv, f'output={output}')
+    wait_for_checkpoint(process, output)
+    os.kill(workers(process)[rank], signal.SIGKILL)
+    process.communicate(timeout=120)
+    assert process.returncode
+    assert not (output / 'superticket_mbv2_s80').exists()
+    finish(torchrun(2, *argv, f'output={output}'))
+    assert ticket_bytes(output) == ticket_bytes(whole)
 
 
 @pytest.mark.slow

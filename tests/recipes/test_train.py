@@ -140,11 +140,18 @@ def test_resolved_config_repeats_the_run_bit_for_bit(smoke, tmp_path):
         assert {**ticket.facts, 'command': ''} == {**other.facts, 'command': ''}
 
 
-@pytest.mark.slow
-def test_a_compiled_run_captures_a_graph_per_net_and_draws_the_same_tickets(smoke, tmp_path, monkeypatch):
+@pytest.fixture
+def compiled(monkeypatch):
     monkeypatch.setenv('ACCELERATE_DYNAMO_BACKEND', 'aot_eager')  # what rounds as eager does
+    AcceleratorState._reset_state(reset_partial_state=True)  # it remembers what the first run in a process was told
     torch._dynamo.reset()
     counters.clear()
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.slow
+def test_a_compiled_run_captures_a_graph_per_net_and_draws_the_same_tickets(smoke, tmp_path, compiled):
     train.main([*SMOKE, f'output={tmp_path}'])
     with (tmp_path / 'summary.csv').open() as file:
         shrunk = {row['macs'] for row in csv.DictReader(file)}
